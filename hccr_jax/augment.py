@@ -1,0 +1,164 @@
+"""Augmentation on the device: every geometric change of an image in one affine map, sampled once."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
+NUM_DRAWS = 16
+
+
+def make_augment(
+    *,
+    flip_left_right_prob: float = 0.0,
+    flip_up_down_prob: float = 0.0,
+    rotate_prob: float = 1.0,
+    rotate_deg: float = 0.0,
+    resize_prob: float = 1.0,
+    resize_min: float = 1.0,
+    resize_max: float = 1.0,
+    zoom: float = 0.0,
+    shear: float = 0.0,
+    shift_px: float = 0.0,
+    erase_prob: float = 0.0,
+    erase_max_side: float = 0.3,
+    noise_std: float = 0.0,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the augmentation as a pure function of keys and images.
+
+    The parts act in this order, composed into one matrix: flips, rotation, resize, shear, zoom,
+    shift. What comes in from outside the image is paper.
+
+    Args:
+      flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
+      rotate_prob, rotate_deg: with this probability rotates by U(−rotate_deg, rotate_deg).
+      resize_prob, resize_min, resize_max: with this probability stretches width and height each by
+        U(resize_min, resize_max); the longer side of the ink is then brought back to its length
+        before, as the normal form would, so that only the aspect changes.
+      zoom: scales by U(1 − zoom, 1 + zoom).
+      shear: shifts each row by U(−shear, shear) times its distance from the middle row.
+      shift_px: shifts by U(−shift_px, shift_px) along each axis.
+      erase_prob, erase_max_side: with this probability turns a rectangle to paper whose sides are
+        U(0.05, erase_max_side) of the image's.
+      noise_std: standard deviation of Gaussian noise added to every pixel (ink is 1).
+
+    Returns:
+      augment(keys (B,), images float32 (B, S, S) in [0, 1], ink 1) -> float32 (B, S, S). Row i
+      depends on keys[i] and images[i] alone.
+
+    Source: section 5 of the paper and its authors' code (ranges); erasing:
+    https://arxiv.org/abs/1708.04896.
+    """
+
+    def linear(draws: jax.Array, images: jax.Array) -> jax.Array:
+        flip_x = _chosen(draws[0], flip_left_right_prob, -1.0, 1.0)
+        flip_y = _chosen(draws[1], flip_up_down_prob, -1.0, 1.0)
+        angle = _spread(draws[2], jnp.deg2rad(rotate_deg))
+        angle = _chosen(draws[3], rotate_prob, angle, 0.0)
+        stretch = resize_min + (resize_max - resize_min) * draws[4:6]
+        stretch_x, stretch_y = _chosen(draws[6], resize_prob, stretch, 1.0)
+        width, height = ink_extents(images)
+        refit = jnp.maximum(width, height) / jnp.maximum(stretch_x * width, stretch_y * height)
+        scale = refit * (1.0 + _spread(draws[7], zoom))
+        slope = _spread(draws[8], shear)
+        matrix = rotation_matrix(angle) * jnp.stack([flip_x, flip_y])[None]
+        matrix = matrix * jnp.stack([stretch_x * scale, stretch_y * scale])[:, None]
+        return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
+
+    def augment(keys: jax.Array, images: jax.Array) -> jax.Array:
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
+        matrices = linear(draws, images).transpose(2, 0, 1)
+        shifts = _spread(draws[9:11], shift_px).T
+        warped = warp(images, matrices, shifts)
+        if erase_prob > 0:
+            warped = _erase(warped, draws[11:16], erase_prob, erase_max_side)
+        if noise_std > 0:
+            noise = jax.vmap(
+                lambda key: jax.random.normal(jax.random.fold_in(key, 1), images.shape[1:])
+            )
+            warped = jnp.clip(warped + noise_std * noise(keys), 0.0, 1.0)
+        return warped
+
+    return augment
+
+
+def rotation_matrix(angle: jax.Array) -> jax.Array:
+    """Returns the matrices (2, 2, ...) that turn (x right, y down) counter-clockwise as seen.
+
+    Args:
+      angle: in radians, any shape.
+    """
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.stack([cosine, sine]), jnp.stack([-sine, cosine])])
+
+
+def ink_extents(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns width and height in pixels, float32 (B,), of the ink box of images (B, S, S); at least 1."""
+    ink = images > INK_ABOVE
+
+    def extent(lines: jax.Array) -> jax.Array:
+        size = lines.shape[1]
+        length = size - lines.argmax(axis=1) - lines[:, ::-1].argmax(axis=1)
+        return jnp.where(lines.any(axis=1), length, 1).astype(jnp.float32)
+
+    return extent(ink.any(axis=1)), extent(ink.any(axis=2))
+
+
+def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array:
+    """Returns images moved by affine maps, with bilinear sampling and paper (0) outside.
+
+    A point at offset p = (x right, y down), in pixels from the image's centre, moves to
+    matrices · p + shifts: the maps push. Pixel centres lie at half-integers, so an image's centre is
+    at S/2 and a flip maps pixel i to pixel S − 1 − i.
+
+    Args:
+      images: float32 (B, S, S).
+      matrices: float32 (B, 2, 2), invertible.
+      shifts: float32 (B, 2), pixels.
+    """
+    batch, size, _ = images.shape
+    (a, b), (c, d) = matrices.transpose(1, 2, 0)[..., None]
+    scale = 1.0 / (a * d - b * c)
+    grid = jnp.arange(size, dtype=jnp.float32) + 0.5 - size / 2
+    to_x, to_y = jnp.tile(grid, size)[None], jnp.repeat(grid, size)[None]
+    x, y = to_x - shifts[:, :1], to_y - shifts[:, 1:]
+    # Back to pixel indices of the source; beyond one pixel outside all is paper.
+    from_x = jnp.clip((d * x - b * y) * scale + (size / 2 - 0.5), -1.0, size)
+    from_y = jnp.clip((a * y - c * x) * scale + (size / 2 - 0.5), -1.0, size)
+    left, top = jnp.floor(from_x), jnp.floor(from_y)
+    right_share, bottom_share = from_x - left, from_y - top
+    # A border of paper, one pixel before and two after, keeps all four neighbours inside the array.
+    line = size + 3
+    flat = jnp.pad(images, ((0, 0), (1, 2), (1, 2))).reshape(batch, line * line)
+    corner = (top.astype(jnp.int32) + 1) * line + left.astype(jnp.int32) + 1
+
+    def tap(offset: int) -> jax.Array:
+        return jnp.take_along_axis(flat, corner + offset, axis=1, mode="promise_in_bounds")
+
+    upper = tap(0) * (1 - right_share) + tap(1) * right_share
+    lower = tap(line) * (1 - right_share) + tap(line + 1) * right_share
+    return (upper * (1 - bottom_share) + lower * bottom_share).reshape(images.shape)
+
+
+def _erase(
+    images: jax.Array, draws: jax.Array, probability: float, max_side: float
+) -> jax.Array:
+    """Returns images with a random rectangle turned to paper; draws is (5, B) uniform."""
+    size = images.shape[1]
+    sides = size * (0.05 + (max_side - 0.05) * draws[1:3])
+    starts = draws[3:5] * (size - sides)
+    starts = jnp.where(draws[0][None] < probability, starts, 2.0 * size)
+    centre = jnp.arange(size, dtype=jnp.float32)[None, None] + 0.5
+    inside = (centre >= starts[..., None]) & (centre < (starts + sides)[..., None])
+    return jnp.where(inside[0][:, None, :] & inside[1][:, :, None], 0.0, images)
+
+
+def _chosen(
+    draw: jax.Array, probability: float, value: jax.Array | float, otherwise: float
+) -> jax.Array:
+    return jnp.where(draw < probability, value, otherwise)
+
+
+def _spread(draw: jax.Array, reach: jax.Array | float) -> jax.Array:
+    return (2.0 * draw - 1.0) * reach

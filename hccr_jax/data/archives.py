@@ -1,0 +1,303 @@
+"""Finds the GNT members in CASIA archives, folders and loose files, and says whose they are."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from hccr_jax.data import gnt
+from hccr_jax.errors import InputError
+
+# Source: the official download page, archives under the names in use since 2020.
+OFFICIAL_MD5 = {
+    "Gnt1.1TrainPart1.zip": "72bac7b6a5ce37f184f277421adfacfd",
+    "Gnt1.1TrainPart2.zip": "a8b76e4eccfb1fd8d56c448f6a096c27",
+    "Gnt1.1Test.zip": "e74f9a4863e73d8b80ed402452c97448",
+}
+# Source: the official division of HWDB1.0 (001 to 420) and HWDB1.1 (1001 to 1300) by writer.
+OFFICIAL_WRITERS = {
+    "train": (range(1, 337), range(1001, 1241)),
+    "test": (range(337, 421), range(1241, 1301)),
+}
+VALIDATION_FRACTION = 0.1
+# With this salt the hash picks 24 of the 240 training writers of HWDB1.1 and 32 of the 336 of 1.0.
+_VALIDATION_SALT = "validation 4 "
+# A word of its own (`HWDB1.1trn_gnt`) or capitalised (`Gnt1.1TrainPart1`), not part of `latest`.
+_SPLIT_NAME = re.compile(
+    r"(?:(?<![A-Za-z])|(?=T[rse]))(?i:(trn|train)|tst|test)(?:ing|set)?(?![a-z])"
+)
+_WRITER = re.compile(r"([A-Za-z]?\d+)(?:-\w+)?")
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
+_CHUNK_BYTES = 1 << 20
+
+OnFault = Callable[[str, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One GNT file, inside a zip or loose: where it lies, who wrote it, which split it is for.
+
+    Attributes:
+      path: the zip, or the loose file itself.
+      name: the member's name inside the zip; "" for a loose file.
+      writer: from `1001-c.gnt`: "1001".
+      split: "train" or "test".
+      num_bytes: unpacked size.
+      crc32: of the unpacked bytes.
+    """
+
+    path: Path
+    name: str
+    writer: str
+    split: str
+    num_bytes: int
+    crc32: int
+
+    @property
+    def archive(self) -> str:
+        """The archive's file name: that of the zip, or of the folder that a loose file lies in."""
+        return self.path.name if self.name else self.path.parent.name
+
+    @property
+    def source(self) -> str:
+        """Archive and member name, as stored with every record and shown in messages."""
+        return f"{self.archive}/{self.name or self.path.name}"
+
+
+def list_members(paths: Sequence[str | Path], on_fault: OnFault | None = None) -> list[Member]:
+    """Returns the GNT members of zips, folders (searched recursively) and loose files.
+
+    The split comes from the nearest name that says trn/train or tst/test (folders inside the zip,
+    the zip, folders up to the one given), else from the official writer numbers.
+
+    Args:
+      paths: zips, folders or `.gnt` files.
+      on_fault: called with (reason, bytes lost) for a file without usable members, which is then
+        passed over; None stops at the first.
+
+    Returns:
+      The members ordered by split, writer and source.
+
+    Raises:
+      InputError: a path is missing or unreadable, no member is found, a member's split cannot be
+        told, or one writer comes from two members; without `on_fault` also a damaged archive, one
+        without images, one that needs another program to unpack.
+    """
+    members: list[Member] = []
+    for path in map(Path, paths):
+        for root, file in _files(path):
+            try:
+                members += _members_of_file(root, file)
+            except _UnusableError as error:
+                if on_fault is None:
+                    raise
+                on_fault(f"unusable file {file.name}", error.num_bytes)
+    if not members:
+        raise InputError(f"{', '.join(map(str, paths))}: no .gnt member found")
+    _check_writers(members)
+    return sorted(members, key=lambda member: (member.split, member.writer, member.source))
+
+
+def read_member(member: Member, on_fault: OnFault | None = None) -> Iterator[gnt.Record]:
+    """Yields the records of a member; see `gnt.read_records`.
+
+    Args:
+      member: what to read.
+      on_fault: as in `gnt.read_records`. Where the zip itself is damaged (a bad CRC among others)
+        the records read before the damage shows are kept and the rest of the member is lost.
+
+    Raises:
+      InputError: at a fault, if `on_fault` is None.
+    """
+    end = 0
+    try:
+        with _open(member) as stream:
+            for record in gnt.read_records(stream, member.source, on_fault):
+                end = record.offset + gnt.HEADER.size + record.bitmap.size
+                yield record
+    except InputError as error:
+        raise InputError(f"{error}; --on_error=skip goes on without it") from None
+    except _DAMAGE as error:
+        if on_fault is None:
+            message = f"{member.source}: cannot be unpacked: {error}"
+            raise InputError(f"{message}; --on_error=skip goes on without it") from error
+        on_fault("damaged zip member, rest of it lost", max(member.num_bytes - end, 0))
+
+
+def validation_writers(writers: Sequence[str]) -> frozenset[str]:
+    """Returns the training writers set aside for validation: those whose hash is below a tenth.
+
+    Whether a writer belongs does not depend on the others, except that of two or more writers at
+    least one is chosen and at least one is left.
+
+    >>> len(validation_writers([str(i) for i in range(1001, 1241)]))
+    24
+    >>> validation_writers(["1001"]), len(validation_writers(["1001", "1002"]))
+    (frozenset(), 1)
+    """
+
+    def place(writer: str) -> float:
+        digest = hashlib.sha256(f"{_VALIDATION_SALT}{writer}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    ranked = sorted(set(writers), key=place)
+    chosen = max(sum(place(writer) < VALIDATION_FRACTION for writer in ranked), 1)
+    return frozenset(ranked[: max(min(chosen, len(ranked) - 1), 0)])
+
+
+def divide(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """Returns the members of each split, `validation` split off from `train`."""
+    train = [member for member in members if member.split == "train"]
+    aside = validation_writers([member.writer for member in train])
+    return {
+        "train": [member for member in train if member.writer not in aside],
+        "validation": [member for member in train if member.writer in aside],
+        "test": [member for member in members if member.split == "test"],
+    }
+
+
+def fingerprint(members: Sequence[Member]) -> str:
+    """Returns a digest of what the members are (names, sizes and CRCs), wherever they lie."""
+    rows = sorted((m.source, m.writer, m.split, m.num_bytes, m.crc32) for m in members)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _open(member: Member) -> BinaryIO:
+    if not member.name:
+        return open(member.path, "rb")
+    with zipfile.ZipFile(member.path) as archive:
+        # The member keeps the file open by itself until it is closed.
+        return archive.open(member.name)  # type: ignore[return-value]
+
+
+class _UnusableError(InputError):
+    """A file that can be passed over when asked to: no members, or damaged."""
+
+    def __init__(self, path: Path, message: str):
+        super().__init__(f"{path}: {message}")
+        self.num_bytes = path.stat().st_size
+
+
+def _files(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yields (folder in whose name a split may stand, file) for what lies at or below a path."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_file():
+        yield path.absolute().parent, path.absolute()
+        return
+
+    def stop(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for folder, folders, files in os.walk(path.absolute(), onerror=stop):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in (".zip", ".gnt", ".alz"):
+                yield path.absolute(), Path(folder, name)
+
+
+def _members_of_file(root: Path, file: Path) -> list[Member]:
+    if file.suffix.lower() == ".alz":
+        raise _UnusableError(file, "unpack it with `unalz` and give the folder with its .gnt files")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file}: cannot be read: permission denied")
+    above = [file.parent, *file.parent.parents]
+    names = [folder.name for folder in above[: above.index(root) + 1]]
+    if file.suffix.lower() == ".gnt":
+        return [_member(file, "", names, file.stat().st_size, _file_crc32(file))]
+    _check_md5(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    except _DAMAGE as error:
+        message = f"not a zip archive, or damaged ({error}): download it again"
+        raise _UnusableError(file, message) from error
+    # macOS adds shadow entries of its own, which repeat the members' names.
+    entries = [entry for entry in entries if not entry.filename.startswith("__MACOSX/")]
+    wanted = [entry for entry in entries if entry.filename.lower().endswith(".gnt")]
+    if not wanted:
+        raise _UnusableError(file, _why_no_members([entry.filename for entry in entries]))
+    names.insert(0, file.stem)
+    return [_member(file, e.filename, names, e.file_size, e.CRC) for e in wanted]
+
+
+def _why_no_members(names: list[str]) -> str:
+    if not names:
+        return "the archive is empty"
+    suffixes = {Path(name).suffix.lower() for name in names}
+    if ".alz" in suffixes:
+        return (
+            "holds an .alz archive: unpack it with `unalz` and give the folder with its .gnt files"
+        )
+    if ".mpf" in suffixes:
+        return "holds features (.mpf), not images: take the archive with `gnt` in its name"
+    if ".zip" in suffixes:
+        return "holds zip archives: unpack it and give the folder"
+    return f"holds no .gnt member, only {', '.join(sorted(suffixes))}"
+
+
+def _member(file: Path, name: str, names: list[str], num_bytes: int, crc32: int) -> Member:
+    inner = Path(name or file.name)
+    match = _WRITER.fullmatch(inner.stem)
+    writer = match.group(1) if match else inner.stem
+    folders = [] if not name else [folder.name for folder in inner.parents]
+    split = _split([*folders, *names], writer)
+    if split is None:
+        raise InputError(
+            f"{file}{f': {name}' if name else ''}: cannot tell train from test: put `train` or "
+            f"`test` in the name of the archive or of its folder, or name the file as CASIA does "
+            f"(1001-c.gnt to 1300-c.gnt for HWDB1.1)"
+        )
+    return Member(file, name, writer, split, num_bytes, crc32)
+
+
+def _split(names: list[str], writer: str) -> str | None:
+    """Returns the split that the first telling name gives, else the official one of the writer.
+
+    >>> _split(["", "HWDB1.1trn_gnt_P1"], "1"), _split(["Gnt1.1Test"], "1"), _split(["latest"], "1")
+    ('train', 'test', 'train')
+    """
+    for name in names:
+        found = {"train" if trn else "test" for trn in _SPLIT_NAME.findall(name)}
+        if len(found) == 1:
+            return found.pop()
+    for split, ranges in OFFICIAL_WRITERS.items():
+        if writer.isdecimal() and any(int(writer) in numbers for numbers in ranges):
+            return split
+    return None
+
+
+def _check_writers(members: list[Member]) -> None:
+    seen: dict[str, Member] = {}
+    for member in members:
+        first = seen.setdefault(member.writer, member)
+        if first is not member:
+            raise InputError(
+                f"writer {member.writer} comes twice, from {first.path} ({first.source}) and "
+                f"{member.path} ({member.source}): give each writer once"
+            )
+
+
+def _check_md5(file: Path) -> None:
+    expected = OFFICIAL_MD5.get(file.name)
+    if expected is None:
+        return
+    with open(file, "rb") as stream:
+        actual = hashlib.file_digest(stream, "md5").hexdigest()
+    if actual != expected:
+        message = f"MD5 {actual}, the official archive of this name has {expected}"
+        raise _UnusableError(file, f"{message}: download it again, or rename it if it is another")
+
+
+def _file_crc32(file: Path) -> int:
+    crc = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc

@@ -1,0 +1,215 @@
+"""A split as training reads it: every image in normal form, in one memory-mapped array."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hccr_jax.data import canvas, charset, store
+from hccr_jax.data.workers import Advance, WorkerPool
+from hccr_jax.errors import InputError
+
+_TASK_ROWS = 4096
+_READ_ROWS = 64
+_ROW = np.dtype([("label", "<i4"), ("writer", "<i4"), ("source", "<i4"), ("record", "<i4")])
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split in normal form; row i of every array is record i of the data set's split.
+
+    Attributes:
+      images: uint8 (N, S, S), memory-mapped and read-only, ink high, paper 0.
+      labels: int32 (N,), index into `classes`.
+      classes: the level-1 characters that occur in train, in GB2312 order. `prepare` keeps no
+        record of another class, in any split, so every label is in range.
+      writers: str (N,), who wrote the row.
+      record_numbers: int32 (N,), the record's number in the member it came from.
+      sources: str (N,), archive and member that the row came from.
+    """
+
+    images: np.memmap
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    writers: np.ndarray
+    sources: np.ndarray
+    record_numbers: np.ndarray
+
+
+def load_split(name: str, data_dir: str | Path, split: str, image_px: int, margin_px: int) -> Split:
+    """Returns a split of a prepared data set in normal form.
+
+    The first call for a split, size and margin computes it on all cores and keeps it beside the
+    data set, from where later calls map it. Calls at the same time wait for the first.
+
+    Args:
+      name: the data set, such as "casia_hwdb".
+      data_dir: folder of all data sets.
+      split: "train", "validation", "test", or several joined by "+".
+      image_px: side S of the images.
+      margin_px: pixels left free at each border.
+
+    Raises:
+      InputError: the data set is missing or has no such split, or the margin leaves no image.
+    """
+    if not 0 <= 2 * margin_px < image_px:
+        raise InputError(f"margin_px={margin_px}: from 0 to below half of image_px={image_px}")
+    manifest = store.read_manifest(name, data_dir)
+    count = _count(manifest, split, name, data_dir)
+    folder = store.dataset_folder(name, data_dir)
+    form = f"{split}-{image_px}px-{margin_px}margin"
+    cache = folder / "normal_form" / f"{form}-{_code_version()}"
+    if not cache.exists():
+        with store.exclusive(cache.parent / f"{form}.lock"):
+            if not cache.exists():
+                _build(cache, folder, split, count, image_px, margin_px)
+                _remove_other_versions(cache, form)
+    names = json.loads((cache / "names.json").read_text("utf-8"))
+    rows = np.load(cache / "rows.npy")
+    return Split(
+        images=np.load(cache / "images.npy", mmap_mode="r"),
+        labels=np.ascontiguousarray(rows["label"]),
+        classes=tuple(manifest["classes"]),
+        writers=np.array(names["writers"])[rows["writer"]],
+        sources=np.array(names["sources"])[rows["source"]],
+        record_numbers=np.ascontiguousarray(rows["record"]),
+    )
+
+
+def load_bitmaps(
+    name: str, data_dir: str | Path, split: str, rows: Sequence[int] | np.ndarray
+) -> list[np.ndarray]:
+    """Returns the original bitmaps of some rows, uint8 (H, W) of any size, 255 is paper.
+
+    Args:
+      name: the data set.
+      data_dir: folder of all data sets.
+      split: as for `load_split`.
+      rows: row numbers in that split, in any order.
+
+    Raises:
+      InputError: the data set is missing or has no such split, or a row is out of range.
+    """
+    count = _count(store.read_manifest(name, data_dir), split, name, data_dir)
+    wrong = [int(row) for row in rows if not 0 <= row < count]
+    if wrong:
+        raise InputError(f"row {wrong[0]} of {name}, {split}: it has rows 0 to {count - 1}")
+    source = _records(store.dataset_folder(name, data_dir), split)
+    return [source[int(row)]["image"] for row in rows]
+
+
+def _count(manifest: dict[str, Any], split: str, name: str, data_dir: str | Path) -> int:
+    """Returns the number of records of a split, or says which splits there are."""
+    counts, parts = manifest["characters_per_split"], split.split("+")
+    if len(set(parts)) < len(parts) or not set(parts) <= set(counts):
+        raise InputError(
+            f"split {split!r} of {name} in {data_dir}: it has {', '.join(counts)}, each once, "
+            f"several joined by '+'"
+        )
+    return sum(counts[part] for part in parts)
+
+
+def _code_version() -> str:
+    """Returns a digest of the code that computes the normal form: a change makes caches stale."""
+    return hashlib.sha256(Path(canvas.__file__).read_bytes()).hexdigest()[:12]
+
+
+def _records(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds  # slow to import, and needed on first use only
+
+    return tfds.builder_from_directory(folder).as_data_source(split)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Rows `start` to `stop` of a split, to be written to the array in the file `images`."""
+
+    folder: Path
+    split: str
+    start: int
+    stop: int
+    images: Path
+    margin_px: int
+
+
+def _build(
+    cache: Path, folder: Path, split: str, count: int, image_px: int, margin_px: int
+) -> None:
+    """Computes a split under another name and renames it once complete; the caller has the lock."""
+    temporary = cache.with_name(f"{cache.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    shape = (count, image_px, image_px)
+    images = temporary / "images.npy"
+    np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=shape).flush()
+    tasks = [
+        _Task(folder, split, start, min(start + _TASK_ROWS, count), images, margin_px)
+        for start in range(0, count, _TASK_ROWS)
+    ]
+    with WorkerPool() as pool:
+        parts = pool.run(_normalise, tasks, count, f"Normal form of {split}", "image")
+    rows = np.empty(count, _ROW)
+    rows["label"] = np.concatenate([part.labels for part in parts])
+    rows["record"] = np.concatenate([part.record_numbers for part in parts])
+    writers, rows["writer"] = np.unique(
+        np.concatenate([part.writers for part in parts]), return_inverse=True
+    )
+    sources, rows["source"] = np.unique(
+        np.concatenate([part.sources for part in parts]), return_inverse=True
+    )
+    np.save(temporary / "rows.npy", rows)
+    names = {"writers": writers.tolist(), "sources": sources.tolist()}
+    (temporary / "names.json").write_text(json.dumps(names, ensure_ascii=False), "utf-8")
+    temporary.rename(cache)
+
+
+class _Part(NamedTuple):
+    """The facts of one task's rows, arrays as in `Split`."""
+
+    labels: np.ndarray
+    writers: np.ndarray
+    sources: np.ndarray
+    record_numbers: np.ndarray
+
+
+def _normalise(task: _Task, advance: Advance) -> _Part:
+    """Fills the task's rows of the array and returns the facts of each."""
+    source = _records(task.folder, task.split)
+    images = np.load(task.images, mmap_mode="r+")
+    labels, writers, sources, numbers = [], [], [], []
+    for start in range(task.start, task.stop, _READ_ROWS):
+        rows = range(start, min(start + _READ_ROWS, task.stop))
+        for row, record in zip(rows, source.__getitems__(rows), strict=True):
+            images[row] = canvas.normal_form(record["image"], images.shape[1], task.margin_px)
+            labels.append(record["label"])
+            writers.append(record["writer"].decode())
+            sources.append(record["source"].decode())
+            numbers.append(record["record"])
+        advance(len(rows))
+    images.flush()
+    return _Part(
+        _train_class_of_level1(task.folder)[labels],
+        np.array(writers),
+        np.array(sources),
+        np.array(numbers, np.int32),
+    )
+
+
+def _train_class_of_level1(folder: Path) -> np.ndarray:
+    """Returns int32 (3755,): the index in the manifest's classes, -1 for characters not there."""
+    classes = json.loads((folder / store.MANIFEST).read_text("utf-8"))["classes"]
+    place = np.full(len(charset.level1()), -1, np.int32)
+    place[[charset.class_index()[character] for character in classes]] = np.arange(len(classes))
+    return place
+
+
+def _remove_other_versions(cache: Path, form: str) -> None:
+    """Removes what other versions of the code left: a split can take gigabytes."""
+    for path in cache.parent.glob(f"{form}-*"):
+        if path != cache:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,267 @@
+"""Layers and blocks of the networks, as Flax NNX modules.
+
+A network is called as `network(images, train=False, dropout_keys=None, axis_name=None)`. In training
+the batch-norm layers leave the batch's statistics in their `BatchStat` variables; the running
+averages are the training step's work (`train_step.average_statistics`), so their rule stands in one
+place.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
+from hccr_jax.ops.depthwise import depthwise_conv
+from hccr_jax.ops.pointwise import pointwise_conv
+
+INIT = jax.nn.initializers.glorot_uniform()  # "Xavier", as the paper's code
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one layer does to one image: output (H, W, C), weights, and multiply-adds."""
+
+    layer: nnx.Module
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+_recorder: contextvars.ContextVar[list[Cost] | None] = contextvars.ContextVar(
+    "recorder", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Cost]]:
+    """Collects the cost of every layer called inside the `with` block, in order of the calls."""
+    costs: list[Cost] = []
+    token = _recorder.set(costs)
+    try:
+        yield costs
+    finally:
+        _recorder.reset(token)
+
+
+def _record(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
+    costs = _recorder.get()
+    if costs is not None:
+        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(layer, nnx.Param)))
+        costs.append(Cost(layer, kind, y.shape[1:], parameters, multiply_adds))
+
+
+class Conv(nnx.Module):
+    """A square convolution without bias, padded so that stride 1 keeps the size.
+
+    Args:
+      channels_in, channels_out: C of the input and of the output.
+      kernel: side of the filter, odd.
+      stride: 1 or 2.
+      dtype: of the arithmetic; the weights are float32.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, *,
+        dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        shape = (kernel, kernel, channels_in, channels_out)
+        self.weight = nnx.Param(INIT(rngs.params(), shape, jnp.float32))
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        kernel, _, channels_in, channels_out = self.weight.shape
+        weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
+        if kernel == 1 and self.stride == 1:
+            y = pointwise_conv(x, weight[0, 0])
+        elif channels_in * kernel**2 <= 32:
+            # So few inputs that gathering them and one matrix product beat a convolution on a CPU.
+            patches = _patches(x, kernel, self.stride)
+            y = pointwise_conv(patches, weight.reshape(-1, channels_out))
+        else:
+            y = lax.conv_general_dilated(
+                x, weight, (self.stride, self.stride), [(kernel // 2, kernel // 2)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+        positions = y.shape[1] * y.shape[2]
+        _record(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
+        return y
+
+
+def _patches(x: jax.Array, kernel: int, stride: int) -> jax.Array:
+    """Returns the kernel×kernel neighbourhoods of x as (B, H', W', kernel²·C)."""
+    batch, height, width, channels = x.shape
+    border = kernel // 2
+    padded = jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
+    rows, columns = (height - 1) // stride * stride + 1, (width - 1) // stride * stride + 1
+    taps = [
+        lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, stride, stride, 1))
+        for i in range(kernel)
+        for j in range(kernel)
+    ]  # fmt: skip
+    return jnp.concatenate(taps, axis=-1)
+
+
+class DepthwiseConv(nnx.Module):
+    """A 3×3 convolution of each channel by itself, without bias."""
+
+    def __init__(
+        self, channels: int, stride: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(), out_axis=())
+        self.weight = nnx.Param(init(rngs.params(), (3, 3, channels), jnp.float32))
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C)."""
+        weight = self.weight[...].astype(self.dtype)
+        y = depthwise_conv(x.astype(self.dtype), weight, self.stride)
+        positions = y.shape[1] * y.shape[2]
+        _record(self, f"depthwise 3×3/{self.stride}", y, positions * weight.size)
+        return y
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation, followed by ReLU6 if asked."""
+
+    def __init__(self, channels: int, *, relu6: bool, epsilon: float) -> None:
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.relu6 = relu6
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
+        """Maps (..., C) to the same shape; in training leaves the batch's statistics behind."""
+        scale, bias = self.scale[...], self.bias[...]
+        if train:
+            y, mean, variance = batch_norm_train(
+                x, scale, bias, self.relu6, self.epsilon, axis_name
+            )
+            self.mean[...], self.variance[...] = mean, variance
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+            y = batch_norm(x, mean, variance, scale, bias, self.relu6, self.epsilon)
+        _record(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
+        return y
+
+
+class Classifier(nnx.Module):
+    """Global average, dropout and a dense layer: feature map to float32 logits."""
+
+    def __init__(
+        self, channels: int, num_classes: int, dropout_rate: float, *,
+        dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.weight = nnx.Param(INIT(rngs.params(), (channels, num_classes), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(num_classes, jnp.float32))
+        self.dropout_rate = dropout_rate
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, train: bool, dropout_keys: jax.Array | None) -> jax.Array:
+        """Maps (B, H, W, C) to (B, K) float32.
+
+        dropout_keys holds one key an image (B,), so that a mask depends on its image alone and not
+        on how the batch is split over devices; needed only in training with a dropout rate.
+        """
+        features = x.astype(jnp.float32).mean((1, 2))
+        if train and self.dropout_rate > 0:
+            keep = 1.0 - self.dropout_rate
+            mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, features.shape[1:]))
+            features = jnp.where(mask(dropout_keys), features / keep, 0.0)
+        weight = self.weight[...].astype(self.dtype)
+        logits = jnp.dot(
+            features.astype(self.dtype), weight, preferred_element_type=jnp.float32
+        )
+        _record(self, "dense", logits, weight.size)
+        return logits + self.bias[...][None]
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, batch norm and, if asked, ReLU6."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, *,
+        relu6: bool = True, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.conv = Conv(channels_in, channels_out, kernel, stride, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(channels_out, relu6=relu6, epsilon=epsilon)
+
+    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        return self.norm(self.conv(x), train, axis_name)
+
+
+class DepthwiseSeparable(nnx.Module):
+    """MobileNet V1's block: depthwise 3×3 and pointwise 1×1, each with batch norm and ReLU6.
+
+    Source: section 3.1 and Figure 8 of the paper; https://arxiv.org/abs/1704.04861.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, *,
+        epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.depthwise = DepthwiseConv(channels_in, stride, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(channels_in, relu6=True, epsilon=epsilon)
+        self.pointwise = ConvNorm(
+            channels_in, channels_out, 1, epsilon=epsilon, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        x = self.norm(self.depthwise(x), train, axis_name)
+        return self.pointwise(x, train, axis_name)
+
+
+class InvertedResidual(nnx.Module):
+    """MobileNet V2's block: expand 1×1, depthwise 3×3, project 1×1 without activation, and a shortcut.
+
+    The shortcut is there where input and output have the same shape; an expansion of 1 has no
+    expanding layer.
+
+    Source: section 4.2 and Table 2 of the paper; https://arxiv.org/abs/1801.04381.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, expansion: int, *,
+        epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        common = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
+        hidden = channels_in * expansion
+        self.expand = ConvNorm(channels_in, hidden, 1, **common) if expansion > 1 else None
+        self.depthwise = DepthwiseConv(hidden, stride, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(hidden, relu6=True, epsilon=epsilon)
+        self.project = ConvNorm(hidden, channels_out, 1, relu6=False, **common)
+        self.shortcut = stride == 1 and channels_in == channels_out
+
+    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        y = x if self.expand is None else self.expand(x, train, axis_name)
+        y = self.norm(self.depthwise(y), train, axis_name)
+        y = self.project(y, train, axis_name)
+        return x + y if self.shortcut else y
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """Returns channels · width rounded to a multiple of 8, at least 8 and at least 90 % of the product.
+
+    Source: the reference implementation of https://arxiv.org/abs/1801.04381.
+
+    >>> scaled_channels(32, 1.0), scaled_channels(32, 0.35), scaled_channels(24, 0.75)
+    (32, 16, 24)
+    """
+    target = channels * width
+    rounded = max(8, int(target + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * target else rounded

@@ -1,0 +1,54 @@
+"""MobileNet V1."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hccr_jax.models.layers import Classifier, ConvNorm, DepthwiseSeparable, scaled_channels
+
+# (output channels, stride) of the 13 blocks. Table 1 of the paper misprints three rows (the 128→256
+# layers and the last depthwise stride); this is the network that its authors' code builds.
+BLOCKS = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
+)  # fmt: skip
+
+
+class MobileNetV1(nnx.Module):
+    """MobileNet V1: a stem, 13 depthwise-separable blocks, a dense classifier.
+
+    Args:
+      num_classes: K.
+      channels: of the images.
+      width: multiplier of all channel counts.
+      dropout_rate: before the classifier.
+      batch_norm_epsilon: added to the variances.
+      dtype: of the arithmetic; parameters and logits are float32.
+
+    Source: Table 1 of the paper; https://arxiv.org/abs/1704.04861.
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int = 1, width: float = 1.0, dropout_rate: float = 0.0,
+        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        common = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
+        current = scaled_channels(32, width)
+        self.stem = ConvNorm(channels, current, 3, stride=2, **common)
+        blocks = []
+        for block_channels, stride in BLOCKS:
+            following = scaled_channels(block_channels, width)
+            blocks.append(DepthwiseSeparable(current, following, stride, **common))
+            current = following
+        self.blocks = nnx.List(blocks)
+        self.classifier = Classifier(current, num_classes, dropout_rate, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Maps images (B, H, W, C), ink 1 and paper 0, to float32 logits (B, K)."""
+        x = self.stem(images, train, axis_name)
+        for block in self.blocks:
+            x = block(x, train, axis_name)
+        return self.classifier(x, train, dropout_keys)

@@ -1,0 +1,59 @@
+"""MobileNet V2."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual, scaled_channels
+
+# (expansion, output channels, repeats, stride of the first) of each row of Table 3.
+STAGES = (
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)  # fmt: skip
+HEAD_CHANNELS = 1280
+
+
+class MobileNetV2(nnx.Module):
+    """MobileNet V2: a stem, 17 inverted residuals, a 1×1 head, a dense classifier.
+
+    Args:
+      num_classes: K.
+      channels: of the images.
+      width: multiplier of all channel counts; the head never has fewer than 1,280.
+      dropout_rate: before the classifier.
+      batch_norm_epsilon: added to the variances.
+      dtype: of the arithmetic; parameters and logits are float32.
+
+    Source: Table 3 of the paper (its text counts 19 blocks, its table 17);
+    https://arxiv.org/abs/1801.04381.
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int = 1, width: float = 1.0, dropout_rate: float = 0.0,
+        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        common = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
+        current = scaled_channels(32, width)
+        self.stem = ConvNorm(channels, current, 3, stride=2, **common)
+        blocks = []
+        for expansion, stage_channels, repeats, first_stride in STAGES:
+            following = scaled_channels(stage_channels, width)
+            for index in range(repeats):
+                stride = first_stride if index == 0 else 1
+                blocks.append(InvertedResidual(current, following, stride, expansion, **common))
+                current = following
+        self.blocks = nnx.List(blocks)
+        head = scaled_channels(HEAD_CHANNELS, max(1.0, width))
+        self.head = ConvNorm(current, head, 1, **common)
+        self.classifier = Classifier(head, num_classes, dropout_rate, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Maps images (B, H, W, C), ink 1 and paper 0, to float32 logits (B, K)."""
+        x = self.stem(images, train, axis_name)
+        for block in self.blocks:
+            x = block(x, train, axis_name)
+        return self.classifier(self.head(x, train, axis_name), train, dropout_keys)

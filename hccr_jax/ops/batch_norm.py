@@ -1,0 +1,118 @@
+"""Batch normalisation and the activation after it, as one operation with a closed-form gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hccr_jax.ops import native
+
+RELU6_LIMIT = 6.0
+
+
+def batch_norm(
+    x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array,
+    relu6: bool, epsilon: float,
+) -> jax.Array:  # fmt: skip
+    """Returns x normalised with given statistics, scaled, shifted and, if asked, clipped to [0, 6].
+
+    Args:
+      x: (..., C), any float dtype; the arithmetic is float32, the result has x's dtype.
+      mean, variance, scale, bias: float32 (C,).
+      relu6: whether ReLU6 follows.
+      epsilon: added to the variance.
+
+    >>> one = jnp.ones(1)
+    >>> batch_norm(jnp.array([[1.0], [9.0]]), one, one, one, one, relu6=True, epsilon=0.0).tolist()
+    [[1.0], [6.0]]
+    """
+    factor = scale * lax.rsqrt(variance + epsilon)
+    return _activate(_affine(x, factor, bias - mean * factor), relu6).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def batch_norm_train(
+    x: jax.Array, scale: jax.Array, bias: jax.Array,
+    relu6: bool, epsilon: float, axis_name: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Returns `batch_norm` of x with the batch's own statistics, and those statistics.
+
+    Args:
+      x: (..., C); the statistics run over all axes but the last.
+      scale, bias: float32 (C,).
+      relu6, epsilon: as in `batch_norm`.
+      axis_name: mesh axis over which the batch is split, or None; the statistics are the whole
+        batch's on every device.
+
+    Returns:
+      y like x; mean and (biased) variance, float32 (C,), for the running averages: no gradient flows
+      through these two.
+
+    Source: Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3 for the gradient.
+    """
+    mean, variance = batch_statistics(x, axis_name)
+    return batch_norm(x, mean, variance, scale, bias, relu6, epsilon), mean, variance
+
+
+def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and biased variance of x (..., C) over all axes but the last, float32 (C,)."""
+    channel = jax.ShapeDtypeStruct((x.shape[-1],), jnp.float32)
+    if native.supports(x):
+        mean, variance = jax.ffi.ffi_call("hccr_batch_statistics", (channel, channel))(x)
+    else:
+        wide = x.astype(jnp.float32)
+        axes = tuple(range(x.ndim - 1))
+        mean = wide.mean(axes)
+        variance = jnp.square(wide - _row(mean, x)).mean(axes)
+    if axis_name is None:
+        return mean, variance
+    whole = lax.pmean(mean, axis_name)
+    return whole, lax.pmean(variance + jnp.square(mean - whole), axis_name)
+
+
+def _forward(x, scale, bias, relu6, epsilon, axis_name):
+    y, mean, variance = batch_norm_train(x, scale, bias, relu6, epsilon, axis_name)
+    return (y, mean, variance), (x, scale, bias, mean, lax.rsqrt(variance + epsilon))
+
+
+def _backward(relu6, epsilon, axis_name, saved, gradients):
+    x, scale, bias, mean, inverse = saved
+    gradient = gradients[0]
+    channel = jax.ShapeDtypeStruct((x.shape[-1],), jnp.float32)
+    normalized = _affine(x, inverse, -mean * inverse)
+    passed = gradient.astype(jnp.float32)
+    if relu6:
+        scaled = _affine(normalized, scale, bias)
+        passed = jnp.where((scaled > 0) & (scaled < RELU6_LIMIT), passed, 0.0)
+    if native.supports(x):
+        call = jax.ffi.ffi_call("hccr_norm_gradient_sums", (channel, channel))
+        limit = np.float32(RELU6_LIMIT if relu6 else 0.0)
+        d_bias, d_scale = call(x, gradient, mean, inverse, scale, bias, limit=limit)
+    else:
+        axes = tuple(range(x.ndim - 1))
+        d_bias, d_scale = passed.sum(axes), (passed * normalized).sum(axes)
+    mean_bias, mean_scale = d_bias, d_scale
+    count = x.size // x.shape[-1]
+    if axis_name is not None:
+        mean_bias, mean_scale = lax.psum((d_bias, d_scale), axis_name)
+        count *= lax.axis_size(axis_name)
+    drift = _affine(normalized, mean_scale / count, mean_bias / count)
+    dx = _row(scale * inverse, x) * (passed - drift)
+    return dx.astype(x.dtype), d_scale, d_bias
+
+
+batch_norm_train.defvjp(_forward, _backward)
+
+
+def _row(vector: jax.Array, x: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) * _row(factor, x) + _row(offset, x)
+
+
+def _activate(x: jax.Array, relu6: bool) -> jax.Array:
+    return jnp.clip(x, 0.0, RELU6_LIMIT) if relu6 else x

@@ -1,0 +1,33 @@
+"""1×1 convolution as a matrix product, with the gradients as the products that run fastest."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.custom_vjp
+def pointwise_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns x @ weight: (..., C) and (C, C') to (..., C').
+
+    The gradient of the weight is written as a product of the two arrays as they lie in memory.
+    Left to itself, XLA on a CPU first copies the output's gradient into transposed order, which took
+    longer than the product.
+    """
+    return x @ weight
+
+
+def _forward(x: jax.Array, weight: jax.Array):
+    return pointwise_conv(x, weight), (x, weight)
+
+
+def _backward(saved, gradient: jax.Array):
+    x, weight = saved
+    dx = lax.dot_general(gradient, weight, (((gradient.ndim - 1,), (1,)), ((), ())))
+    rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    d_weight = lax.dot_general(
+        rows, gradient_rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return dx, d_weight.astype(weight.dtype)
+
+
+pointwise_conv.defvjp(_forward, _backward)

@@ -1,0 +1,92 @@
+"""Learning-rate schedules and optimisers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("exponential", "cosine", "constant")
+
+
+def make_schedule(
+    name: str,
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay_rate: float = 0.94,
+    decay_steps: int = 1,
+    staircase: bool = True,
+    end_learning_rate: float = 0.0,
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, counted from 0.
+
+    Args:
+      name: "exponential" (the paper's: learning_rate · decay_rate^(step / decay_steps)), "cosine"
+        (half a wave from learning_rate to end_learning_rate) or "constant".
+      learning_rate: the peak.
+      total_steps: length of the run, warm-up included.
+      warmup_steps: steps of linear rise before the schedule starts; the first step already moves.
+      decay_rate, decay_steps, staircase: of "exponential"; a staircase takes the integer part of the
+        exponent.
+      end_learning_rate: of "cosine".
+
+    Raises:
+      ValueError: decay_steps or total_steps below 1 (Optax would silently keep the rate constant).
+
+    >>> schedule = make_schedule("exponential", 1e-3, total_steps=160_000, decay_steps=8767)
+    >>> f"{float(schedule(160_000)):.2e}"
+    '3.28e-04'
+    """
+    if decay_steps < 1 or total_steps < 1:
+        raise ValueError(f"decay_steps={decay_steps} and total_steps={total_steps} must be positive")
+    if name == "exponential":
+        main = optax.exponential_decay(
+            learning_rate, decay_steps, decay_rate, staircase=staircase
+        )
+    elif name == "cosine":
+        after_warmup = max(1, total_steps - warmup_steps)
+        main = optax.cosine_decay_schedule(
+            learning_rate, after_warmup, alpha=end_learning_rate / learning_rate
+        )
+    else:
+        main = optax.constant_schedule(learning_rate)
+    if warmup_steps == 0:
+        return main
+    rise = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
+    return optax.join_schedules([rise, main], [warmup_steps])
+
+
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns the optimiser.
+
+    Args:
+      name: "adam", "adamw" or "sgd" (Nesterov momentum beta1).
+      schedule: learning rate by step.
+      beta1, beta2, epsilon: of Adam.
+      weight_decay: decoupled, of "adamw" and "sgd"; batch norm and biases (vectors) are spared.
+      clip_norm: largest global norm of the gradient; 0 leaves it alone.
+    """
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    decay = optax.add_decayed_weights(weight_decay, mask=_matrices) if weight_decay > 0 else None
+    if name == "sgd":
+        steps = [decay] * (decay is not None) + [optax.trace(beta1, nesterov=True)]
+    else:
+        steps = [optax.scale_by_adam(beta1, beta2, epsilon)]
+        steps += [decay] * (name == "adamw" and decay is not None)
+    return optax.chain(*clip, *steps, optax.scale_by_learning_rate(schedule))
+
+
+def _matrices(params: Mapping[str, Any]) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

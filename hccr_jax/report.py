@@ -1,0 +1,206 @@
+"""The report of a run: one HTML file that needs nothing but a browser."""
+
+import base64
+import html
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from hccr_jax.errors import InputError
+
+PLOTS = {
+    "accuracy": "Accuracy over the training steps, as a share of the batch or of the split.",
+    "loss": "Loss over the training steps.",
+    "learning_rate": "Learning rate over the training steps.",
+    "augmented": "Training images before and after augmentation.",
+    "mistakes": "Wrong answers of the highest confidence, with the five best candidates.",
+}
+PACKAGES = ("hccr_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+STYLE = """
+:root { color-scheme: light; --ink: #22262b; --quiet: #5d656e; --rule: #e3e6ea; --blue: #2f6db5 }
+* { box-sizing: border-box }
+body { margin: 0; background: #f5f6f8; color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+main { max-width: 66rem; margin: 0 auto; padding: 2rem 1rem 3rem }
+h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin: 0 0 .75rem; font-size: 1.1rem }
+.quiet { margin: .25rem 0 1.25rem; color: var(--quiet) }
+section { background: #fff; border: 1px solid var(--rule); border-radius: .6rem;
+  padding: 1.1rem 1.25rem; margin-top: 1rem }
+.figures { display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
+.figures div { background: #fff; border: 1px solid var(--rule); border-radius: .6rem;
+  padding: .7rem .9rem }
+.figures dt { color: var(--quiet); font-size: .85rem }
+.figures dd { margin: 0; font-size: 1.4rem; font-weight: 650; line-height: 1.3;
+  overflow-wrap: anywhere }
+.figures div.main dd { color: var(--blue) }
+dl { margin: 0 }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem }
+img { display: block; width: 100%; height: auto }
+.scroll { overflow-x: auto }
+.scroll img { min-width: 42rem }
+table { border-collapse: collapse; width: 100%; max-width: 34rem;
+  font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--rule); text-align: left }
+th { font-weight: 400; color: var(--quiet) }
+td { text-align: right }
+tr:last-child > * { border-bottom: 0 }
+summary { cursor: pointer; font-size: 1.1rem; font-weight: 700 }
+pre { margin: .75rem 0 0; overflow-x: auto; font-size: .85rem; line-height: 1.45 }
+"""
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Writes `report.html`: results, pictures and config of a run, in one self-contained file.
+
+    Args:
+      workdir: a run's folder. Used where present: `config.json`, `eval.json` and the pictures under
+        `plots/` (see `hccr_jax.plots`).
+
+    Raises:
+      InputError: the folder holds none of these, or a JSON file cannot be read.
+    """
+    folder = Path(workdir)
+    config = _read_json(folder / "config.json")
+    results = flatten(_read_json(folder / "eval.json"))
+    plots = {name: folder / "plots" / f"{name}.png" for name in PLOTS}
+    pictures = {name: path.read_bytes() for name, path in plots.items() if path.is_file()}
+    if not (config or results or pictures):
+        raise InputError(
+            f"{folder}: nothing to report: the folder holds no config.json, eval.json or "
+            f"plots/*.png; give the workdir of a run"
+        )
+    page = _page(config, results, pictures)
+    report = folder / "report.html"
+    report.write_text(page, encoding="utf-8")
+    return report
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns the scalars of nested dictionaries, named by their path.
+
+    >>> flatten({"top1": 0.9, "robustness": {"flip": {"top1": 0.8}}, "per_class": [1, 2]})
+    {'top1': 0.9, 'robustness.flip.top1': 0.8}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": scalar for name, scalar in flatten(value).items()}
+        elif isinstance(value, str | int | float):
+            flat[key] = value
+    return flat
+
+
+def format_value(name: str, value: str | int | float) -> str:
+    """Returns a result as a person reads it; shares named `top…` or `…accuracy` become per cent.
+
+    >>> format_value("robustness.flip.top1", 0.96127), format_value("count", 223991)
+    ('96.13 %', '223,991')
+    >>> format_value("loss", 0.1234567), format_value("split", "test")
+    ('0.123457', 'test')
+    """
+    last = name.rpartition(".")[2]
+    if isinstance(value, str | bool):
+        return str(value)
+    if last.startswith("top") or last.endswith("accuracy"):
+        return f"{100 * value:.2f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({error}); remove it or run again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; a JSON object is needed")
+    return content
+
+
+def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    model, data = (flatten(config).get(key) for key in ("model.name", "data.name"))
+    title = " on ".join(str(name) for name in (model, data) if name) or "Training run"
+    parts = [
+        _headline(title, results),
+        _table("Results", {key: format_value(key, value) for key, value in results.items()}),
+        _curves(pictures),
+        _sheet("Augmentation", "augmented", pictures),
+        _sheet("Mistakes", "mistakes", pictures),
+        _config(config),
+        _table("Versions", _versions()),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _headline(title: str, results: dict[str, Any]) -> str:
+    cards = "".join(
+        f'<div class="{css}"><dt>{label}</dt>'
+        f"<dd>{html.escape(format_value(key, results[key]))}</dd></div>"
+        for key, label, css in (
+            ("top1", "Top-1 accuracy", "main"),
+            ("top5", "Top-5 accuracy", "main"),
+            ("count", "Images", ""),
+            ("split", "Split", ""),
+            ("step", "Step", ""),
+        )
+        if key in results
+    )
+    figures = f'<dl class="figures">{cards}</dl>' if cards else ""
+    return (
+        f"<header><h1>{html.escape(title)}</h1>"
+        f'<p class="quiet">Handwritten-character recognition with hccr_jax</p>{figures}</header>'
+    )
+
+
+def _curves(pictures: dict[str, bytes]) -> str:
+    names = [name for name in ("accuracy", "loss", "learning_rate") if name in pictures]
+    if not names:
+        return ""
+    images = "".join(_image(name, pictures[name]) for name in names)
+    return f'<section><h2>Training</h2><div class="curves">{images}</div></section>'
+
+
+def _sheet(heading: str, name: str, pictures: dict[str, bytes]) -> str:
+    if name not in pictures:
+        return ""
+    image = _image(name, pictures[name])
+    return f'<section><h2>{heading}</h2><div class="scroll">{image}</div></section>'
+
+
+def _image(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(PLOTS[name])}">'
+
+
+def _table(heading: str, rows: dict[str, str]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f'<section><h2>{heading}</h2><div class="scroll"><table>{lines}</table></div></section>'
+
+
+def _config(config: dict[str, Any]) -> str:
+    if not config:
+        return ""
+    text = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return f"<section><details><summary>Config</summary><pre>{text}</pre></details></section>"
+
+
+def _versions() -> dict[str, str]:
+    installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    return versions | {"Python": platform.python_version(), "platform": platform.platform()}

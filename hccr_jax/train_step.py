@@ -1,0 +1,192 @@
+"""Pure, compiled step functions: training, evaluation, statistics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from hccr_jax import losses, sharding
+from hccr_jax.models.registry import Apply
+from hccr_jax.sharding import DATA_AXIS
+from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, stream_key
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S, S) → (B, S, S)
+Metrics = dict[str, jax.Array]
+
+
+def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: float) -> Any:
+    """Returns running averages of the batch statistics after one more batch.
+
+    The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages are
+    those of the first batch and never biased towards their initial values; then the last tenth or so
+    of the run, so early statistics are forgotten as the weights change; at last `momentum`. A plain
+    average with the paper's 0.9997 would need some 10,000 steps to forget its start.
+
+    Args:
+      averages, batch: pytrees of equal structure.
+      step: int scalar, batches averaged so far.
+      momentum: the final weight of the past.
+    """
+    t = step.astype(jnp.float32)
+    keep = jnp.minimum(momentum, t / (t + 9.0))
+    return jax.tree.map(lambda old, new: old * keep + new * (1.0 - keep), averages, batch)
+
+
+def row_keys(seed: int, stream: int, step: jax.Array, rows: int) -> jax.Array:
+    """Returns one key (B,) for each row of a step's global batch.
+
+    One key a row, so that what happens to an image does not depend on the layout over devices.
+    """
+    key = jax.random.fold_in(stream_key(seed, stream), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Returns uint8 images (B, S, S) as float32 in [0, 1], ink 1."""
+    return images.astype(jnp.float32) / 255.0
+
+
+def make_train_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    augment: Augment,
+    mesh: Mesh,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
+    batch_norm_momentum: float = 0.9997,
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """Returns the jitted training step.
+
+    Args:
+      apply: the network, from `registry.split_model`.
+      optimizer: from `optim.make_optimizer`.
+      augment: from `augment.make_augment`.
+      mesh: from `sharding.create_mesh`.
+      seed: of the run; augmentation and dropout are functions of (seed, step, row).
+      label_smoothing: of the loss.
+      batch_norm_momentum: see `average_statistics`.
+
+    Returns:
+      step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
+      devices and the old state given up. Metrics are float32 scalars: mean `loss`, `accuracy` and
+      `gradient_norm` of the batch.
+    """
+
+    def local_step(state, images, labels, augment_keys, dropout_keys):
+        devices = lax.axis_size(DATA_AXIS)
+        inputs = augment(augment_keys, to_float(images))[..., None]
+
+        def loss_fn(params):
+            logits, batch_stats = apply(
+                params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
+            )
+            # The mean over the whole batch: each device holds its share of it.
+            loss = losses.cross_entropy(logits, labels, label_smoothing).mean() / devices
+            return loss, (logits, batch_stats)
+
+        (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        correct = (logits.argmax(-1) == labels).mean(dtype=jnp.float32) / devices
+        gradients, loss, correct = lax.psum((gradients, loss, correct), DATA_AXIS)
+        averages = average_statistics(
+            state.batch_stats, statistics, state.step, batch_norm_momentum
+        )
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes int steps and float rates
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": correct,
+            "gradient_norm": optax.global_norm(gradients),
+        }
+        return TrainState(state.step + 1, params, averages, opt_state), metrics
+
+    whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    sharded_step = jax.shard_map(
+        local_step, mesh=mesh, in_specs=(whole, rows, rows, rows, rows),
+        out_specs=(whole, whole), check_vma=False,
+    )  # fmt: skip
+
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array):
+        batch = images.shape[0]
+        augment_keys = row_keys(seed, AUGMENT, state.step, batch)
+        dropout_keys = row_keys(seed, DROPOUT, state.step, batch)
+        return sharded_step(state, images, labels, augment_keys, dropout_keys)
+
+    on_all, by_rows = sharding.replicated(mesh), sharding.split_rows(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(on_all, by_rows, by_rows),
+        out_shardings=(on_all, on_all),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    apply: Apply, mesh: Mesh, num_candidates: int = 5
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns the jitted evaluation step.
+
+    Args:
+      apply: the network.
+      mesh: from `sharding.create_mesh`.
+      num_candidates: N best classes to return.
+
+    Returns:
+      step(params, batch_stats, images uint8 (B, S, S), labels (B,)) -> (loss float32 (B,), classes
+      int32 (B, N) best first, their probabilities float32 (B, N)), on every device.
+    """
+
+    def local_step(params, batch_stats, images, labels):
+        logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+        scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
+        probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
+        results = losses.cross_entropy(logits, labels), classes, probabilities
+        return lax.all_gather(results, DATA_AXIS, tiled=True)
+
+    whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    return jax.jit(
+        jax.shard_map(
+            local_step, mesh=mesh, in_specs=(whole, whole, rows, rows),
+            out_specs=(whole, whole, whole), check_vma=False,
+        )
+    )  # fmt: skip
+
+
+def make_statistics_step(
+    apply: Apply, augment: Augment, mesh: Mesh, *, seed: int
+) -> Callable[[Any, Any, jax.Array, jax.Array], Any]:
+    """Returns a jitted step that adds one batch to an equal-weight average of batch statistics.
+
+    Returns:
+      step(params, averages, images uint8 (B, S, S), count int32 scalar) -> averages, where count
+      batches are already in `averages`; the batch is augmented as training step `count` would.
+    """
+
+    def local_step(params, averages, images, count, augment_keys, dropout_keys):
+        inputs = augment(augment_keys, to_float(images))[..., None]
+        _, batch = apply(params, averages, inputs, True, dropout_keys, DATA_AXIS)
+        weight = 1.0 / (count.astype(jnp.float32) + 1.0)
+        return jax.tree.map(lambda old, new: old + (new - old) * weight, averages, batch)
+
+    whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    sharded_step = jax.shard_map(
+        local_step, mesh=mesh, in_specs=(whole, whole, rows, whole, rows, rows),
+        out_specs=whole, check_vma=False,
+    )  # fmt: skip
+
+    @jax.jit
+    def statistics_step(params, averages, images, count):
+        rows = images.shape[0]
+        augment_keys = row_keys(seed, AUGMENT, count, rows)
+        dropout_keys = row_keys(seed, DROPOUT, count, rows)
+        return sharded_step(params, averages, images, count, augment_keys, dropout_keys)
+
+    return statistics_step

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fresh machine → .venv → the test suite: launch/test.sh [pytest arguments]
+# Paths among the arguments start at the repository root. Slow tests run with -m slow.
+set -euo pipefail
+
+# shellcheck source=environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment test
+cd -- "$root"
+
+marks=(-m "not slow")
+for argument in "$@"; do
+  [[ "$argument" != -m* ]] || marks=()
+done
+# The odd expansion: before bash 4.4 an empty array counts as unset.
+exec "$python" -m pytest ${marks[@]+"${marks[@]}"} "$@"

@@ -1,0 +1,111 @@
+"""The warp against SciPy, directions, ranges, and independence of rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from hccr_jax.augment import ink_extents, make_augment, rotation_matrix, warp
+
+SIZE = 64
+
+
+def blobs(count: int) -> np.ndarray:
+    noise = np.random.default_rng(0).random((count, SIZE, SIZE), np.float32)
+    smooth = ndimage.gaussian_filter(noise, (0, 2, 2))
+    smooth[:, :10] = smooth[:, -10:] = 0
+    smooth[:, :, :10] = smooth[:, :, -10:] = 0
+    return np.clip(smooth, 0, 1)
+
+
+def keys(count: int) -> jax.Array:
+    return jax.random.split(jax.random.key(1), count)
+
+
+def test_warp_agrees_with_scipy_for_random_affine_maps():
+    rng = np.random.default_rng(1)
+    images = blobs(16)
+    matrices = rng.normal(0, 0.4, (16, 2, 2)) + np.eye(2)
+    shifts = rng.uniform(-9, 9, (16, 2))
+    ours = warp(jnp.array(images), jnp.array(matrices, jnp.float32), jnp.array(shifts, jnp.float32))
+    for image, matrix, shift, result in zip(images, matrices, shifts, ours, strict=True):
+        pull = np.linalg.inv(matrix)[::-1, ::-1]  # SciPy's axes are (y, x)
+        centre = (SIZE - 1) / 2
+        offset = centre - pull @ (centre + shift[::-1])
+        expected = ndimage.affine_transform(
+            image.astype(np.float64), pull, offset, order=1, mode="grid-constant"
+        )
+        np.testing.assert_allclose(result, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 180])
+def test_a_positive_angle_turns_counter_clockwise(degrees):
+    images = blobs(1)
+    angle = jnp.deg2rad(jnp.array([float(degrees)]))
+    ours = warp(jnp.array(images), rotation_matrix(angle).transpose(2, 0, 1), jnp.zeros((1, 2)))
+    np.testing.assert_allclose(ours[0], np.rot90(images[0], degrees // 90), atol=1e-4)
+
+
+def test_a_certain_flip_is_exact():
+    images = blobs(3)
+    left_right = make_augment(flip_left_right_prob=1.0)(keys(3), jnp.array(images))
+    up_down = make_augment(flip_up_down_prob=1.0)(keys(3), jnp.array(images))
+    np.testing.assert_allclose(left_right, images[:, :, ::-1], atol=1e-6)
+    np.testing.assert_allclose(up_down, images[:, ::-1], atol=1e-6)
+
+
+def test_no_augmentation_is_the_identity():
+    images = blobs(3)
+    np.testing.assert_allclose(make_augment()(keys(3), jnp.array(images)), images, atol=1e-6)
+
+
+def test_flips_come_as_often_as_asked():
+    images = jnp.zeros((4000, 8, 8)).at[:, 3:5, 2].set(1.0)
+    flipped = make_augment(flip_left_right_prob=0.3)(keys(4000), images)[:, 3, 5] > 0.5
+    assert abs(float(flipped.mean()) - 0.3) < 0.03  # four standard deviations
+
+
+def test_rotation_stays_in_range_and_uses_it():
+    # The ink's principal axis, by second moments, gives the angle back.
+    bar = jnp.zeros((500, SIZE, SIZE)).at[:, 31:33, 12:52].set(1.0)
+    turned = np.asarray(make_augment(rotate_deg=30.0)(keys(500), bar))
+    grid = np.arange(SIZE) - (SIZE - 1) / 2
+    xx = (turned * grid[None, None] ** 2).sum((1, 2))
+    yy = (turned * grid[None, :, None] ** 2).sum((1, 2))
+    xy = (turned * grid[None, :, None] * grid[None, None]).sum((1, 2))
+    degrees = np.rad2deg(0.5 * np.arctan2(2 * xy, xx - yy))
+    assert np.abs(degrees).max() < 30.5
+    assert np.abs(degrees).max() > 28
+    assert abs(degrees.std() - 30 / np.sqrt(3)) < 1.5
+
+
+def test_resize_changes_the_aspect_and_keeps_the_longer_side():
+    box = jnp.zeros((300, SIZE, SIZE)).at[:, 12:52, 20:44].set(1.0)  # 24 wide, 40 high
+    resized = make_augment(resize_min=0.5, resize_max=2.5)(keys(300), box)
+    width, height = (np.asarray(v) for v in ink_extents(resized))
+    assert np.abs(np.maximum(width, height) - 40).max() <= 2
+    aspect = width / height
+    assert aspect.min() < 0.25  # 24/40 · 0.5/2.5 = 0.12 at the extreme
+    assert aspect.max() > 1.5  # 24/40 · 2.5/0.5 = 3
+
+
+def test_a_row_depends_on_its_own_key_and_image_alone():
+    augment = make_augment(
+        rotate_deg=30.0, zoom=0.2, shear=0.2, shift_px=3.0, erase_prob=0.5, noise_std=0.05
+    )
+    images = jnp.array(blobs(8))
+    whole = augment(keys(8), images)
+    half = augment(keys(8)[4:], images[4:])
+    np.testing.assert_array_equal(whole[4:], half)
+    assert not np.allclose(whole[0], augment(keys(8)[1:2], images[:1])[0])
+
+
+def test_erasing_turns_one_rectangle_to_paper():
+    images = jnp.ones((200, 40, 40))
+    erased = np.asarray(make_augment(erase_prob=1.0, erase_max_side=0.4)(keys(200), images)) == 0
+    for gap in erased:
+        rows, columns = np.flatnonzero(gap.any(1)), np.flatnonzero(gap.any(0))
+        assert gap.sum() == rows.size * columns.size  # a full rectangle
+        assert 1 <= rows.size <= 17
+        assert 1 <= columns.size <= 17
