@@ -29,8 +29,8 @@ def make_schedule(
       learning_rate: the peak.
       total_steps: length of the run, warm-up included.
       warmup_steps: steps of linear rise before the schedule starts; the first step already moves.
-      decay_rate, decay_steps, staircase: of "exponential"; a staircase takes the integer part of the
-        exponent.
+      decay_rate, decay_steps, staircase: of "exponential"; a staircase takes the integer part of
+        the exponent.
       end_learning_rate: of "cosine".
 
     Raises:
@@ -41,11 +41,9 @@ def make_schedule(
     '3.28e-04'
     """
     if decay_steps < 1 or total_steps < 1:
-        raise ValueError(f"decay_steps={decay_steps} and total_steps={total_steps} must be positive")
+        raise ValueError(f"decay_steps={decay_steps}, total_steps={total_steps}: must be positive")
     if name == "exponential":
-        main = optax.exponential_decay(
-            learning_rate, decay_steps, decay_rate, staircase=staircase
-        )
+        main = optax.exponential_decay(learning_rate, decay_steps, decay_rate, staircase=staircase)
     elif name == "cosine":
         after_warmup = max(1, total_steps - warmup_steps)
         main = optax.cosine_decay_schedule(

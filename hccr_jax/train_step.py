@@ -22,10 +22,10 @@ Metrics = dict[str, jax.Array]
 def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: float) -> Any:
     """Returns running averages of the batch statistics after one more batch.
 
-    The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages are
-    those of the first batch and never biased towards their initial values; then the last tenth or so
-    of the run, so early statistics are forgotten as the weights change; at last `momentum`. A plain
-    average with the paper's 0.9997 would need some 10,000 steps to forget its start.
+    The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages
+    are those of the first batch and never biased towards their initial values; then the last tenth
+    or so of the run, so early statistics are forgotten as the weights change; at last `momentum`. A
+    plain average with the paper's 0.9997 would need some 10,000 steps to forget its start.
 
     Args:
       averages, batch: pytrees of equal structure.
@@ -34,7 +34,8 @@ def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: flo
     """
     t = step.astype(jnp.float32)
     keep = jnp.minimum(momentum, t / (t + 9.0))
-    return jax.tree.map(lambda old, new: old * keep + new * (1.0 - keep), averages, batch)
+    # In this form no digit is lost where old and new agree, nor where keep is 0.
+    return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
 
 
 def row_keys(seed: int, stream: int, step: jax.Array, rows: int) -> jax.Array:

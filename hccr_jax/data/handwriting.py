@@ -8,24 +8,21 @@ with grain. Lengths are in units of the character's box (side 1, y downwards) un
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from hccr_jax.data import charset
+from hccr_jax.data import charset, medians
 from hccr_jax.errors import InputError
 
-MEDIANS_FILE = Path(__file__).parent / "stroke_medians" / "medians.npz"
-BOX, BASELINE = 1024, 124  # the medians' box reaches from y = -124 to y = 900
 MIN_PX = (18, 6)  # width and height of the smallest bitmaps of CASIA-HWDB1.1
 MAX_PX = (119, 152)  # and of the largest
 
 STROKE_POINTS = 16
 PATH_POINTS = STROKE_POINTS + 2  # a stroke, then two points of the way to the next stroke
 GRAIN_PX = 512
+EDGE_COVER = 0.35  # bitmaps are cropped to pixels that the pen covers at least so far
 
 # How far hands differ in each term of `_warp_features`: x, y, four products, squares, eight waves.
 WARP_SPREAD = np.array(
@@ -36,46 +33,6 @@ _TIME = np.linspace(0, 1, STROKE_POINTS, dtype=np.float32)
 _BOW = 4 * _TIME * (1 - _TIME)
 _TO_END = (_TIME**2)[:, None]
 _TO_START = ((1 - _TIME) ** 2)[:, None]
-
-
-@functools.cache
-def load_medians() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the stroke medians of all level-1 characters, in the order of `charset.level1()`.
-
-    Returns:
-      points: int16 (212886, 2), x to the right and y upwards, 1024 units a side.
-      stroke_offsets: int32 (36671,), where each stroke's points begin, and the end.
-      character_offsets: int32 (3756,), where each character's strokes begin, and the end.
-
-    Source: hanzi-writer-data 2.0.1, see stroke_medians/build_medians.py.
-
-    >>> [len(array) for array in load_medians()]
-    [212886, 36671, 3756]
-    """
-    with np.load(MEDIANS_FILE) as arrays:
-        return arrays["points"], arrays["stroke_offsets"], arrays["character_offsets"]
-
-
-def character_strokes(character: str) -> list[np.ndarray] | None:
-    """Returns a character's strokes in writing order, or None where it is not of level 1.
-
-    Returns:
-      One float32 (points, 2) array a stroke: x and y (downwards) in a box from -0.5 to 0.5.
-
-    >>> [stroke.shape for stroke in character_strokes("二")], character_strokes("A")
-    ([(4, 2), (5, 2)], None)
-    """
-    index = charset.class_index().get(character)
-    if index is None:
-        return None
-    points, stroke_offsets, character_offsets = load_medians()
-    first, last = character_offsets[index], character_offsets[index + 1]
-    origin, scale = (BOX / 2, BOX / 2 - BASELINE), (1 / BOX, -1 / BOX)
-    bounds = stroke_offsets[first : last + 1]
-    return [
-        ((points[begin:end] - origin) * scale).astype(np.float32)
-        for begin, end in itertools.pairwise(bounds)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +85,8 @@ def create_writer(seed: int | Sequence[int]) -> Writer:
     warp[:2] += ((rng.lognormal(math.log(0.80), 0.11), 0), (0, 1))
     warp[0, 1] += rng.normal(-0.10, 0.08)  # lines from left to right rise
     warp[1, 0] += rng.normal(-0.02, 0.12)  # slant
-    direction_habit = rng.normal((-0.12, 0), 0.08, (5, 2))
-    direction_habit[2, 1] += rng.normal(0.08, 0.12)  # strokes that fall to the right vary most
+    direction_habit = rng.normal((-0.07, 0), 0.08, (5, 2))
+    direction_habit[2, 1] += rng.normal(0.02, 0.12)  # strokes that fall to the right vary most
     return Writer(
         size_px=rng.lognormal(math.log(81), 0.14),
         pen_px=rng.lognormal(math.log(2.05), 0.17),
@@ -138,7 +95,7 @@ def create_writer(seed: int | Sequence[int]) -> Writer:
         direction_habit=direction_habit.astype(np.float32),
         warp_spread=rng.uniform(0.4, 1.0),
         size_spread=rng.uniform(0.05, 0.12),
-        component_spread=rng.uniform(0.02, 0.07) * (0.6 + 0.8 * hurry),
+        component_spread=rng.uniform(0.02, 0.055) * (0.6 + 0.8 * hurry),
         stroke_spread=rng.uniform(0.010, 0.028) * (0.6 + 0.8 * hurry),
         turn_spread=rng.uniform(0.03, 0.10),
         stretch_spread=rng.uniform(0.05, 0.20),
@@ -170,16 +127,18 @@ class _Glyph:
 
 @functools.lru_cache(maxsize=4096)
 def _glyph(character: str) -> _Glyph:
-    strokes = character_strokes(character)
-    if strokes is None:
+    index = charset.class_index().get(character)
+    if index is None:
         raise InputError(f"character {character!r}: not one of the 3,755 of GB2312 level 1")
-    hookless = [_without_hook(stroke) for stroke in strokes]
-    points = np.array([[_resample(s) for s in variant] for variant in (strokes, hookless)])
+    strokes = medians.class_strokes(index)
+    points = np.array([[_resample(stroke), _resample(_without_hook(stroke))] for stroke in strokes])
+    points = points.swapaxes(0, 1)
+    low, high = points[0].min(axis=1), points[0].max(axis=1)
+    low_before, high_before = np.minimum.accumulate(low), np.maximum.accumulate(high)
+    low_after, high_after = np.minimum.accumulate(low[::-1]), np.maximum.accumulate(high[::-1])
+    gaps = (low_after[-2::-1] - high_before[:-1], low_before[:-1] - high_after[-2::-1])
     cut_chance = np.zeros(len(strokes))
-    for i in range(1, len(strokes)):
-        before, after = np.concatenate(strokes[:i]), np.concatenate(strokes[i:])
-        gap = np.maximum(after.min(0) - before.max(0), before.min(0) - after.max(0)).max()
-        cut_chance[i] = 0.08 + 0.85 / (1 + math.exp(-(gap + 0.03) / 0.03))
+    cut_chance[1:] = 0.08 + 0.85 / (1 + np.exp(-(np.max(gaps, axis=(0, 2)) + 0.03) / 0.03))
     chord = points[1, :, -1] - points[1, :, 0]
     angle = np.arctan2(chord[:, 1], chord[:, 0])[:, None]
     # Up to the right, right, down to the right, down, down to the left.
@@ -189,20 +148,21 @@ def _glyph(character: str) -> _Glyph:
 
 def _resample(stroke: np.ndarray) -> np.ndarray:
     """Returns STROKE_POINTS points at equal distances along a polyline."""
-    along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(stroke, axis=0).T))])
-    at = np.linspace(0, along[-1], STROKE_POINTS)
+    step = stroke[1:] - stroke[:-1]
+    along = np.zeros(len(stroke))
+    np.cumsum(np.hypot(step[:, 0], step[:, 1]), out=along[1:])
+    at = along[-1] * _TIME
     return np.stack([np.interp(at, along, axis) for axis in stroke.T], axis=1)
 
 
 def _without_hook(stroke: np.ndarray) -> np.ndarray:
     """Cuts a stroke at its last sharp turn, if little follows it."""
-    steps = np.diff(stroke, axis=0)
-    lengths = np.hypot(*steps.T)
+    steps = (stroke[1:] - stroke[:-1]).tolist()
+    lengths = [math.hypot(*step) for step in steps]
     for i in range(len(steps) - 1, 0, -1):
-        rest = lengths[i:].sum()
-        if rest > min(0.2, 0.3 * lengths.sum()):
+        if sum(lengths[i:]) > min(0.2, 0.3 * sum(lengths)):
             break
-        if steps[i] @ steps[i - 1] < 0.3 * lengths[i] * lengths[i - 1]:
+        if np.dot(steps[i], steps[i - 1]) < 0.3 * lengths[i] * lengths[i - 1]:
             return stroke[: i + 1]
     return stroke
 
@@ -346,7 +306,7 @@ def _cover(path: np.ndarray, radius: np.ndarray, drawn: np.ndarray, writer: Writ
     """
     spread = 0.55 * writer.pen_px
     spacing = 1.4 * spread
-    margin = 2 * writer.pen_px + 1
+    margin = 1.7 * writer.pen_px + 1
     width, height = np.ceil(path.max(axis=0) + 2 * margin).astype(int)
     step = np.diff(path, axis=0)
     along = np.zeros(len(path))
@@ -357,12 +317,14 @@ def _cover(path: np.ndarray, radius: np.ndarray, drawn: np.ndarray, writer: Writ
     weights = np.exp(r * r / (2 * variance)) * (spacing / (spread * math.sqrt(2 * math.pi)))
     rows = _bells(y + margin, height, variance) * weights.astype(np.float32)[:, None]
     total = rows.T @ _bells(x + margin, width, variance)
-    depth = np.log(total + np.float32(1e-6)) * np.float32(variance / writer.pen_px)
-    cover = np.clip(depth * np.float32(1 / writer.blur_px) + np.float32(0.5), 0, 1)
-    inked = cover > 0.35
+    inked = total > math.exp((EDGE_COVER - 0.5) * writer.blur_px * writer.pen_px / variance)
     rows_inked = np.flatnonzero(inked.any(axis=1))
     columns_inked = np.flatnonzero(inked.any(axis=0))
-    return cover[rows_inked[0] : rows_inked[-1] + 1, columns_inked[0] : columns_inked[-1] + 1]
+    total = total[rows_inked[0] : rows_inked[-1] + 1, columns_inked[0] : columns_inked[-1] + 1]
+    cover = np.log(total + np.float32(1e-6))
+    cover *= np.float32(variance / (writer.pen_px * writer.blur_px))
+    cover += np.float32(0.5)
+    return np.clip(cover, 0, 1, out=cover)
 
 
 def _bells(centres: np.ndarray, length: int, variance: float) -> np.ndarray:

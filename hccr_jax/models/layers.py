@@ -1,9 +1,9 @@
 """Layers and blocks of the networks, as Flax NNX modules.
 
-A network is called as `network(images, train=False, dropout_keys=None, axis_name=None)`. In training
-the batch-norm layers leave the batch's statistics in their `BatchStat` variables; the running
-averages are the training step's work (`train_step.average_statistics`), so their rule stands in one
-place.
+A network is called as `network(images, train=False, dropout_keys=None, axis_name=None)`. In
+training the batch-norm layers leave the batch's statistics in their `BatchStat` variables; the
+running averages are the training step's work (`train_step.average_statistics`), so their rule
+stands in one place.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +104,12 @@ def _patches(x: jax.Array, kernel: int, stride: int) -> jax.Array:
     border = kernel // 2
     padded = jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
     rows, columns = (height - 1) // stride * stride + 1, (width - 1) // stride * stride + 1
+    strides = (1, stride, stride, 1)
     taps = [
-        lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, stride, stride, 1))
+        lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), strides)
         for i in range(kernel)
         for j in range(kernel)
-    ]  # fmt: skip
+    ]
     return jnp.concatenate(taps, axis=-1)
 
 
@@ -117,7 +119,9 @@ class DepthwiseConv(nnx.Module):
     def __init__(
         self, channels: int, stride: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(), out_axis=())
+        init = jax.nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=(), out_axis=()
+        )
         self.weight = nnx.Param(init(rngs.params(), (3, 3, channels), jnp.float32))
         self.stride = stride
         self.dtype = dtype
@@ -181,9 +185,7 @@ class Classifier(nnx.Module):
             mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, features.shape[1:]))
             features = jnp.where(mask(dropout_keys), features / keep, 0.0)
         weight = self.weight[...].astype(self.dtype)
-        logits = jnp.dot(
-            features.astype(self.dtype), weight, preferred_element_type=jnp.float32
-        )
+        logits = jnp.dot(features.astype(self.dtype), weight, preferred_element_type=jnp.float32)
         _record(self, "dense", logits, weight.size)
         return logits + self.bias[...][None]
 
@@ -226,7 +228,7 @@ class DepthwiseSeparable(nnx.Module):
 
 
 class InvertedResidual(nnx.Module):
-    """MobileNet V2's block: expand 1×1, depthwise 3×3, project 1×1 without activation, and a shortcut.
+    """MobileNet V2's block: expand 1×1, depthwise 3×3, linear project 1×1, and a shortcut.
 
     The shortcut is there where input and output have the same shape; an expansion of 1 has no
     expanding layer.
@@ -238,7 +240,7 @@ class InvertedResidual(nnx.Module):
         self, channels_in: int, channels_out: int, stride: int, expansion: int, *,
         epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        common = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
+        common: dict[str, Any] = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
         hidden = channels_in * expansion
         self.expand = ConvNorm(channels_in, hidden, 1, **common) if expansion > 1 else None
         self.depthwise = DepthwiseConv(hidden, stride, dtype=dtype, rngs=rngs)
@@ -255,7 +257,9 @@ class InvertedResidual(nnx.Module):
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """Returns channels · width rounded to a multiple of 8, at least 8 and at least 90 % of the product.
+    """Returns channels · width rounded to a multiple of 8.
+
+    The result is at least 8 and at least 90 % of the product.
 
     Source: the reference implementation of https://arxiv.org/abs/1801.04381.
 

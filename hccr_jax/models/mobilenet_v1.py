@@ -1,5 +1,7 @@
 """MobileNet V1."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,7 +34,7 @@ class MobileNetV1(nnx.Module):
         self, num_classes: int, channels: int = 1, width: float = 1.0, dropout_rate: float = 0.0,
         batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        common = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
+        common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
         self.stem = ConvNorm(channels, current, 3, stride=2, **common)
         blocks = []

@@ -39,14 +39,15 @@ def split_model(model: nnx.Module) -> tuple[Apply, dict, dict]:
 
     Plain dicts, because a step over Flax's own state containers costs the host twice the time.
     """
-    definition, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    definition, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    initial_params, initial_stats = map(nnx.to_pure_dict, states)
 
     def apply(params, batch_stats, images, train=False, dropout_keys=None, axis_name=None):
         network = nnx.merge(definition, params, batch_stats, copy=True)
         logits = network(images, train, dropout_keys, axis_name)
         return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-    return apply, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    return apply, initial_params, initial_stats
 
 
 def count_parameters(params: Any) -> int:

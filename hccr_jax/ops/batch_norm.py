@@ -47,8 +47,8 @@ def batch_norm_train(
         batch's on every device.
 
     Returns:
-      y like x; mean and (biased) variance, float32 (C,), for the running averages: no gradient flows
-      through these two.
+      y like x; mean and (biased) variance, float32 (C,), for the running averages: no gradient
+      flows through these two.
 
     Source: Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3 for the gradient.
     """

@@ -52,7 +52,7 @@ depthwise_conv.defvjp(_forward, _backward)
 
 
 def shifted_sum(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
-    """Returns `depthwise_conv` as the sum of nine shifted products: elementwise work for any device."""
+    """Returns `depthwise_conv` as a sum of nine shifted products: elementwise, for any device."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     batch, height, width, channels = _out_shape(x, stride)
 

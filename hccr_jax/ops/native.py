@@ -64,7 +64,7 @@ def supports(x: jax.Array) -> bool:
 
 
 def _build(compiler: str) -> pathlib.Path:
-    """Returns the compiled library for this source, compiler, processor and jaxlib; builds it if new."""
+    """Returns the library for this source, compiler, processor and JAX; builds it if new."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
@@ -76,7 +76,8 @@ def _build(compiler: str) -> pathlib.Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = pathlib.Path(scratch) / library.name
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(built)]
+            include = f"-I{jax.ffi.include_dir()}"
+            command = [compiler, *FLAGS, include, str(SOURCE), "-o", str(built)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             built.replace(library)  # atomic: two processes may build at once
     return library
@@ -94,8 +95,9 @@ def _processor() -> str:
 def keep_memory() -> None:
     """Tells glibc to keep freed memory in the process; does nothing elsewhere.
 
-    XLA allocates a step's working memory anew each step. By default glibc takes hundreds of megabytes
-    from the kernel and gives them back every time, and every page is cleared again on its first touch.
+    XLA allocates a step's working memory anew each step. By default glibc takes hundreds of
+    megabytes from the kernel and gives them back every time, and every page is cleared again on its
+    first touch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -10,8 +10,8 @@ def pointwise_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns x @ weight: (..., C) and (C, C') to (..., C').
 
     The gradient of the weight is written as a product of the two arrays as they lie in memory.
-    Left to itself, XLA on a CPU first copies the output's gradient into transposed order, which took
-    longer than the product.
+    Left to itself, XLA on a CPU first copies the output's gradient into transposed order, which
+    took longer than the product.
     """
     return x @ weight
 

@@ -20,9 +20,10 @@ from hccr_jax.data import charset
 
 NOTICE = (
     "Derived from the fonts AR PL KaitiM GB and AR PL UKai by way of Make Me a Hanzi and the npm "
-    "package hanzi-writer-data 2.0.1. Changed for hccr_jax on 23 November 2026: kept the stroke medians of "
-    "the 3,755 level-1 characters of GB2312 only, as int16; removed the stroke outlines, all other "
-    "characters and the indices of radical strokes. Licence: Arphic Public License, ARPHICPL.TXT."
+    "package hanzi-writer-data 2.0.1. Changed for hccr_jax on 23 November 2026: kept the medians "
+    "of the strokes of the 3,755 level-1 characters of GB2312 only, as int16; removed the stroke "
+    "outlines, all other characters and the indices of radical strokes. Licence: Arphic Public "
+    "License, in ARPHICPL.TXT."
 )
 
 
@@ -56,7 +57,7 @@ def collect_medians(package: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes what `numpy.load` reads, with fixed member dates, so that equal arrays give equal bytes."""
+    """Writes what `numpy.load` reads, with fixed dates: equal arrays give equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
             member = io.BytesIO()

@@ -1,0 +1,81 @@
+"""Every key with its default; other configs override what differs.
+
+`hccr_jax/config.py` holds the rule of each key.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default config: MobileNetV2 with no augmentation on prepared CASIA-HWDB1.1."""
+    config = ConfigDict()
+    config.seed = 0
+    # The length of the run: one is positive, the other 0.
+    config.num_steps = 0
+    config.num_epochs = 0.0
+    config.batch_size = 256  # over all devices
+    config.log_every_steps = 50
+
+    config.model = ConfigDict()
+    config.model.name = "mobilenet_v2"
+    config.model.width = 1.0
+    config.model.dropout_rate = 0.0
+    config.model.batch_norm_epsilon = 1e-3
+    config.model.batch_norm_momentum = 0.99
+    config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
+
+    config.data = ConfigDict()
+    config.data.name = "casia_hwdb"  # or "strokes", made on first use
+    config.data.data_dir = "data"
+    config.data.image_px = 64
+    config.data.margin_px = 4  # free at each border
+    config.data.train_split = "train"
+    config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
+    config.data.test_split = "test"  # to report on, once
+    config.data.strokes = ConfigDict()
+    config.data.strokes.num_characters = 3755  # the first ones in Unicode order
+    config.data.strokes.num_train_writers = 240
+    config.data.strokes.num_test_writers = 60
+
+    config.augment = ConfigDict()
+    config.augment.flip_left_right_prob = 0.0
+    config.augment.flip_up_down_prob = 0.0
+    config.augment.rotate_prob = 1.0
+    config.augment.rotate_deg = 0.0
+    config.augment.resize_prob = 1.0
+    config.augment.resize_min = 1.0
+    config.augment.resize_max = 1.0
+    config.augment.zoom = 0.0
+    config.augment.shear = 0.0
+    config.augment.shift_px = 0.0
+    config.augment.erase_prob = 0.0
+    config.augment.erase_max_side = 0.3
+    config.augment.noise_std = 0.0
+
+    config.loss = ConfigDict()
+    config.loss.label_smoothing = 0.0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "exponential"
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.decay_rate = 0.94
+    config.optimizer.decay_epochs = 2.5
+    config.optimizer.staircase = True
+    config.optimizer.end_learning_rate = 0.0  # of the cosine
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 0.0  # 0: no clipping
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.keep_latest = 2
+    config.checkpoint.keep_best = 1
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 0  # 0: once an epoch
+    config.eval.batch_size = 256
+    # Before an evaluation, batch-norm statistics are taken anew from this many training batches with
+    # the weights at hand; 0: the running averages.
+    config.eval.batch_norm_batches = 0
+    return config

@@ -1,0 +1,12 @@
+"""The paper's recipe with MobileNetV1."""
+
+from ml_collections import ConfigDict
+
+from configs import v2
+
+
+def get_config() -> ConfigDict:
+    """Returns `configs/v2.py` with the other network."""
+    config = v2.get_config()
+    config.model.name = "mobilenet_v1"
+    return config

@@ -1,0 +1,232 @@
+"""The configuration: every key with its rule, and the step counts that follow from it."""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hccr_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a key may hold: a type and a closed range, or a set of words."""
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    words: tuple[str, ...] = ()
+
+    def allowed(self) -> str:
+        """Returns the rule in words."""
+        if self.words:
+            return "one of " + ", ".join(self.words)
+        name = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+        bounds = "" if self.low == -math.inf else f" from {self.low:g}"
+        bounds += "" if self.high == math.inf else f" to {self.high:g}"
+        return name[self.kind] + bounds
+
+    def admits(self, value: Any) -> bool:
+        """Returns whether a value obeys the rule."""
+        number = int | float if self.kind is float else self.kind
+        if not isinstance(value, number) or (isinstance(value, bool) and self.kind is not bool):
+            return False
+        if self.kind in (int, float):
+            return math.isfinite(value) and self.low <= value <= self.high
+        return not self.words or value in self.words
+
+
+_SHARE = Rule(float, 0, 1)
+_COUNT = Rule(int, 1)
+_TINY = 1e-12
+
+RULES: dict[str, Rule] = {
+    "seed": Rule(int, 0, 2**31 - 1),
+    "num_steps": Rule(int, 0),
+    "num_epochs": Rule(float, 0),
+    "batch_size": _COUNT,
+    "log_every_steps": _COUNT,
+    "model.name": Rule(str, words=("mobilenet_v1", "mobilenet_v2")),
+    "model.width": Rule(float, 0.05, 8),
+    "model.dropout_rate": Rule(float, 0, 0.99),
+    "model.batch_norm_epsilon": Rule(float, _TINY, 1),
+    "model.batch_norm_momentum": Rule(float, 0, 0.999999),
+    "model.dtype": Rule(str, words=("auto", "float32", "bfloat16")),
+    "data.name": Rule(str),
+    "data.data_dir": Rule(str),
+    "data.image_px": Rule(int, 16, 512),
+    "data.margin_px": Rule(int, 0, 255),
+    "data.train_split": Rule(str),
+    "data.validation_split": Rule(str),
+    "data.test_split": Rule(str),
+    "data.strokes.num_characters": Rule(int, 2, 3755),
+    "data.strokes.num_train_writers": Rule(int, 2, 100_000),
+    "data.strokes.num_test_writers": Rule(int, 1, 100_000),
+    "augment.flip_left_right_prob": _SHARE,
+    "augment.flip_up_down_prob": _SHARE,
+    "augment.rotate_prob": _SHARE,
+    "augment.rotate_deg": Rule(float, 0, 180),
+    "augment.resize_prob": _SHARE,
+    "augment.resize_min": Rule(float, 0.05, 20),
+    "augment.resize_max": Rule(float, 0.05, 20),
+    "augment.zoom": Rule(float, 0, 0.9),
+    "augment.shear": Rule(float, 0, 2),
+    "augment.shift_px": Rule(float, 0, 256),
+    "augment.erase_prob": _SHARE,
+    "augment.erase_max_side": Rule(float, 0.05, 1),
+    "augment.noise_std": Rule(float, 0, 1),
+    "loss.label_smoothing": Rule(float, 0, 0.99),
+    "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
+    "optimizer.learning_rate": Rule(float, _TINY, 1000),
+    "optimizer.schedule": Rule(str, words=("exponential", "cosine", "constant")),
+    "optimizer.warmup_epochs": Rule(float, 0),
+    "optimizer.decay_rate": Rule(float, _TINY, 1),
+    "optimizer.decay_epochs": Rule(float, _TINY),
+    "optimizer.staircase": Rule(bool),
+    "optimizer.end_learning_rate": Rule(float, 0, 1000),
+    "optimizer.weight_decay": Rule(float, 0, 10),
+    "optimizer.clip_norm": Rule(float, 0),
+    "checkpoint.every_steps": _COUNT,
+    "checkpoint.keep_latest": _COUNT,
+    "checkpoint.keep_best": _COUNT,
+    "eval.every_steps": Rule(int, 0),
+    "eval.batch_size": _COUNT,
+    "eval.batch_norm_batches": Rule(int, 0, 100_000),
+}
+
+# A resume may change these: they leave the run's course as it was.
+FREE_ON_RESUME = ("num_steps", "num_epochs", "log_every_steps", "data.data_dir", "checkpoint.", "eval.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Lengths in steps, from a config and the number of training records."""
+
+    total: int
+    per_epoch: int
+    warmup: int
+    decay: int
+    eval_every: int
+
+
+def flatten(config: ConfigDict) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of every leaf of a config."""
+    for key, value in config.items(preserve_field_references=False):
+        if isinstance(value, ConfigDict):
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in flatten(value))
+        else:
+            yield key, value
+
+
+def unknown_key(key: str) -> InputError:
+    """Returns the error for a key that does not exist, naming the nearest ones that do."""
+    near = difflib.get_close_matches(key, RULES, n=2, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    near = near or [rule for rule in RULES if rule.rsplit(".", 1)[-1] == last][:2]
+    hint = f"did you mean {' or '.join(near)}?" if near else "see configs/default.py for all keys"
+    return InputError(f"config has no key {key!r}: {hint}")
+
+
+def check(config: ConfigDict) -> None:
+    """Checks every key, type and range of a config.
+
+    Raises:
+      InputError: names the key, the value and what is allowed.
+    """
+    values = dict(flatten(config))
+    for key, value in values.items():
+        if key not in RULES:
+            raise unknown_key(key)
+        if not RULES[key].admits(value):
+            raise InputError(f"config.{key}={value!r}: must be {RULES[key].allowed()}")
+    missing = sorted(set(RULES) - set(values))
+    if missing:
+        raise InputError(f"config lacks the key {missing[0]!r}: start from configs/default.py")
+    if (config.num_steps > 0) == (config.num_epochs > 0):
+        raise InputError(
+            f"config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g}: one must "
+            f"be positive, the other 0"
+        )
+    if config.augment.resize_min > config.augment.resize_max:
+        raise InputError(
+            f"config.augment.resize_min={config.augment.resize_min}: must not be above "
+            f"augment.resize_max={config.augment.resize_max}"
+        )
+    if 2 * config.data.margin_px >= config.data.image_px:
+        raise InputError(
+            f"config.data.margin_px={config.data.margin_px}: must be below half of "
+            f"data.image_px={config.data.image_px}"
+        )
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+    """Checks that batches can be split evenly over the devices.
+
+    Raises:
+      InputError: names the key and the nearest sizes that fit.
+    """
+    for key, size in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if size % num_devices:
+            below, above = size // num_devices * num_devices, -(-size // num_devices) * num_devices
+            near = f"{below} or {above}" if below else str(above)
+            raise InputError(
+                f"config.{key}={size}: must be a multiple of the {num_devices} devices, such as {near}"
+            )
+
+
+def resolve(config: ConfigDict, num_records: int) -> Steps:
+    """Returns the step counts of a run.
+
+    Args:
+      config: passed by `check`.
+      num_records: size of the training split.
+
+    Raises:
+      InputError: the batch is larger than the split.
+    """
+    if config.batch_size > num_records:
+        raise InputError(
+            f"config.batch_size={config.batch_size}: more than the {num_records} training images"
+        )
+
+    def steps(epochs: float) -> int:
+        # Rounded down, as the paper's code: int(897,758 / 256 · 2.5) = 8,767.
+        return max(1, int(num_records / config.batch_size * epochs))
+
+    warmup = config.optimizer.warmup_epochs
+    total = config.num_steps or steps(config.num_epochs)
+    return Steps(
+        total=total,
+        per_epoch=steps(1.0),
+        warmup=steps(warmup) if warmup > 0 else 0,
+        decay=steps(config.optimizer.decay_epochs),
+        eval_every=config.eval.every_steps or steps(1.0),
+    )
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes a config as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def check_resume(config: ConfigDict, path: Path) -> None:
+    """Checks that a config continues the run that `path` (a config.json) describes.
+
+    Raises:
+      InputError: names the first key that would change the run's course, with both values.
+    """
+    old = dict(flatten(ConfigDict(json.loads(path.read_text()))))
+    for key, value in flatten(config):
+        bound = not key.startswith(FREE_ON_RESUME)
+        # With a cosine the length of the run shapes every step of it.
+        bound |= key in ("num_steps", "num_epochs") and config.optimizer.schedule == "cosine"
+        if bound and old.get(key) != value:
+            raise InputError(
+                f"config.{key}={value!r}, but {path} was started with {old.get(key)!r}: resume with "
+                f"the old value or choose another --workdir"
+            )

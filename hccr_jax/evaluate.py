@@ -1,0 +1,64 @@
+"""One exact pass over a split."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from hccr_jax import sharding
+from hccr_jax.data.input_pipeline import gather, process_rows
+from hccr_jax.data.splits import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a network says about a split, row by row.
+
+    Attributes:
+      losses: float32 (N,), cross-entropy in nats.
+      candidates: int32 (N, 5), the best classes, best first.
+      probabilities: float32 (N, 5), of the candidates.
+      labels: int32 (N,).
+    """
+
+    losses: np.ndarray
+    candidates: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """Returns `count`, `loss`, `top1` and `top5` (shares of 1)."""
+        hits = self.candidates == self.labels[:, None]
+        return {
+            "count": len(self.labels),
+            "loss": float(self.losses.mean(dtype=np.float64)),
+            "top1": float(hits[:, 0].mean()),
+            "top5": float(hits.any(axis=1).mean()),
+        }
+
+
+def evaluate(
+    eval_step: Callable[..., Any], params: Any, batch_stats: Any, split: Split, batch_size: int, mesh: Mesh
+) -> Evaluation:  # fmt: skip
+    """Returns the network's answers to every record of a split, each counted once.
+
+    Args:
+      eval_step: from `train_step.make_eval_step`.
+      params, batch_stats: the network's.
+      split: from `splits.load_split`.
+      batch_size: over all devices; a last incomplete batch is filled up and the filling dropped.
+      mesh: from `sharding.create_mesh`.
+    """
+    count, mine = len(split.labels), process_rows(batch_size)
+    parts = []
+    for start in tqdm(range(0, count, batch_size), "evaluating", leave=False, unit="batch"):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        batch = sharding.put_batch(gather(split, rows[mine]), mesh)
+        results = jax.device_get(eval_step(params, batch_stats, *batch))
+        parts.append([part[: count - start] for part in results])
+    losses, candidates, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))

@@ -1,0 +1,289 @@
+"""The operations, in all their forms, against float64 NumPy and JAX's own gradients."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from hccr_jax.ops import native
+from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train, batch_statistics
+from hccr_jax.ops.depthwise import depthwise_conv, grouped_conv, shifted_sum
+from hccr_jax.ops.pointwise import pointwise_conv
+
+EPSILON = 1e-3
+FORMS = {"chosen": depthwise_conv, "shifted": shifted_sum, "grouped": grouped_conv}
+
+# (batch, height, width, channels): groups of 16 channels, a rest beyond them, too few for the kernels.
+SHAPES = [(1, 8, 8, 16), (33, 5, 7, 24), (2, 9, 4, 40), (3, 1, 2, 32), (2, 7, 6, 8)]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def taps(padded: np.ndarray, i: int, j: int, out: tuple[int, ...], stride: int) -> np.ndarray:
+    """A view of what tap (i, j) of the filter sees, for every output position."""
+    return padded[:, i : i + stride * out[1] : stride, j : j + stride * out[2] : stride]
+
+
+def padding(x: np.ndarray, stride: int) -> np.ndarray:
+    return np.pad(x.astype(np.float64), ((0, 0), (1, stride), (1, stride), (0, 0)))
+
+
+def reference_forward(x: np.ndarray, weight: np.ndarray, stride: int) -> np.ndarray:
+    out = (len(x), -(-x.shape[1] // stride), -(-x.shape[2] // stride))
+    padded = padding(x, stride)
+    products = (taps(padded, i, j, out, stride) * weight[i, j] for i in range(3) for j in range(3))
+    return functools.reduce(np.add, products)
+
+
+def reference_backward(
+    x: np.ndarray, weight: np.ndarray, gradient: np.ndarray, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    padded, out = padding(x, stride), gradient.shape
+    dx, dw = np.zeros_like(padded), np.zeros(weight.shape)
+    for i in range(3):
+        for j in range(3):
+            taps(dx, i, j, out, stride)[...] += gradient * weight[i, j].astype(np.float64)
+            seen = taps(padded, i, j, out, stride)
+            dw[i, j] = np.einsum("bhwc,bhwc->c", seen, gradient.astype(np.float64))
+    return dx[:, 1 : 1 + x.shape[1], 1 : 1 + x.shape[2]], dw
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_depthwise_agrees_with_float64(shape, stride, form):
+    x, weight = normal(shape), normal((3, 3, shape[-1]), 1)
+    expected = reference_forward(x, weight, stride)
+    gradient = normal(expected.shape, 2)
+
+    @jax.jit
+    def run(x, weight, gradient):
+        y, pull = jax.vjp(lambda x, weight: FORMS[form](x, weight, stride), x, weight)
+        return y, *pull(gradient)
+
+    y, dx, dw = run(x, weight, gradient)
+    expected_dx, expected_dw = reference_backward(x, weight, gradient, stride)
+    np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(dx, expected_dx, atol=4e-6, rtol=4e-6)
+    np.testing.assert_allclose(dw, expected_dw, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_is_xlas_grouped_convolution(stride):
+    x, weight = normal((3, 7, 6, 24)), normal((3, 3, 24), 1)
+
+    def by_xla(x, weight):
+        return lax.conv_general_dilated(
+            x, weight.reshape(3, 3, 1, 24), (stride, stride), [(1, 1), (1, 1)],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=24,
+        )  # fmt: skip
+
+    def results(convolve):
+        gradients = jax.grad(lambda x, w: jnp.sin(convolve(x, w)).sum(), argnums=(0, 1))
+        return jax.jit(lambda x, w: (convolve(x, w), gradients(x, w)))(x, weight)
+
+    ours = results(lambda x, weight: depthwise_conv(x, weight, stride))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, results(by_xla))
+
+
+def test_the_kernels_take_float32_of_16_channels_on_a_cpu():
+    if not native.available():
+        pytest.skip("no C++ compiler here")
+    if jax.default_backend() != "cpu":
+        pytest.skip("the kernels are for CPUs")
+
+    def is_native(channels, dtype=jnp.float32):
+        x = jax.ShapeDtypeStruct((2, 4, 4, channels), dtype)
+        weight = jax.ShapeDtypeStruct((3, 3, channels), dtype)
+        return "hccr_depthwise_forward" in jax.jit(depthwise_conv).lower(x, weight).as_text()
+
+    assert is_native(16)
+    assert is_native(24)
+    assert not is_native(15)
+    assert not is_native(16, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e3])
+@pytest.mark.parametrize("shape", [(33, 5, 7, 24), (4, 9, 9, 16), (50, 40), (2, 5, 5, 8), (1, 16)])
+def test_batch_statistics_agree_with_float64(shape, mean):
+    x = normal(shape) + np.float32(mean)
+    ours_mean, ours_variance = batch_statistics(jnp.array(x), None)
+    axes = tuple(range(x.ndim - 1))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(ours_mean, exact.mean(axes), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours_variance, exact.var(axes), rtol=2e-5, atol=1e-6)
+
+
+def test_the_variance_of_a_constant_is_zero():
+    mean, variance = batch_statistics(jnp.full((7, 3, 3, 16), 1234.567, jnp.float32), None)
+    assert (mean == np.float32(1234.567)).all()
+    assert (variance == 0).all()
+
+
+def plain_batch_norm(x, scale, bias, relu6):
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    row = (1,) * (x.ndim - 1) + (-1,)
+    y = (x - mean) / jnp.sqrt(variance + EPSILON) * scale.reshape(row) + bias.reshape(row)
+    return jnp.clip(y, 0, 6) if relu6 else y
+
+
+@pytest.mark.parametrize("relu6", [False, True])
+@pytest.mark.parametrize("shape", [(33, 5, 7, 24), (9, 6, 6, 16), (4, 5, 5, 8), (70, 40)], ids=str)
+def test_batch_norm_train_agrees_with_float64(shape, relu6):
+    x, gradient = 3 * normal(shape) + 2, normal(shape, 1)
+    scale, bias = 2 * normal(shape[-1:], 2), normal(shape[-1:], 3) + 2
+    with jax.enable_x64(True):
+        wide = [jnp.array(value, jnp.float64) for value in (x, scale, bias, gradient)]
+        y, pull = jax.vjp(functools.partial(plain_batch_norm, relu6=relu6), *wide[:3])
+        expected = [np.asarray(value) for value in (y, *pull(wide[3]))]
+    assert not relu6 or 0.1 < ((expected[0] > 0) & (expected[0] < 6)).mean() < 0.9
+
+    @jax.jit
+    def run(x, scale, bias, gradient):
+        def value(x, scale, bias):
+            return batch_norm_train(x, scale, bias, relu6, EPSILON, None)[0]
+
+        y, pull = jax.vjp(value, x, scale, bias)
+        return y, *pull(gradient)
+
+    ours = run(x, scale, bias, gradient)
+    for name, mine, exact in zip(("y", "dx", "d_scale", "d_bias"), ours, expected, strict=True):
+        scale_of_error = np.abs(exact).max()
+        np.testing.assert_allclose(mine, exact, atol=5e-6 * scale_of_error, err_msg=name)
+
+
+def test_batch_norm_with_the_batchs_own_statistics_is_batch_norm_train():
+    x, scale, bias = (jnp.array(normal(s, i)) for i, s in enumerate([(5, 4, 4, 16), (16,), (16,)]))
+    y, mean, variance = batch_norm_train(x, scale, bias, True, EPSILON, None)
+    np.testing.assert_array_equal(batch_norm(x, mean, variance, scale, bias, True, EPSILON), y)
+
+
+def test_batch_norm_computes_in_float32_whatever_the_type_of_x():
+    x = jnp.array(normal((9, 3, 3, 16)), jnp.bfloat16)
+    one = jnp.ones(16, jnp.float32)
+    y, mean, variance = batch_norm_train(x, one, one, True, EPSILON, None)
+    assert (y.dtype, mean.dtype, variance.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    np.testing.assert_allclose(mean, np.asarray(x, np.float64).mean((0, 1, 2)), atol=1e-6)
+
+
+def test_batch_norm_split_over_devices_is_that_of_the_whole_batch():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    # Each device's rows have a mean of their own, so that statistics of a part would be wrong.
+    x = normal((8, 3, 5, 24)) + np.repeat(np.arange(4, dtype=np.float32), 2).reshape(8, 1, 1, 1)
+    scale, bias, gradient = normal((24,), 1), normal((24,), 2) + 2, normal(x.shape, 3)
+
+    def run(x, scale, bias, gradient, axis_name):
+        def value(x, scale, bias):
+            y, *statistics = batch_norm_train(x, scale, bias, True, EPSILON, axis_name)
+            return y, statistics
+
+        y, pull, statistics = jax.vjp(value, x, scale, bias, has_aux=True)
+        dx, *d_vectors = pull(gradient)
+        return y, dx, statistics, d_vectors
+
+    def split(x, scale, bias, gradient):
+        y, dx, statistics, d_vectors = run(x, scale, bias, gradient, "data")
+        return y, dx, statistics, lax.psum(d_vectors, "data")
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        split, mesh=mesh, in_specs=(rows, whole, whole, rows),
+        out_specs=(rows, rows, whole, whole), check_vma=False,
+    )  # fmt: skip
+    expected = jax.jit(functools.partial(run, axis_name=None))(x, scale, bias, gradient)
+    ours = jax.jit(sharded)(x, scale, bias, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, expected)
+
+
+def test_pointwise_conv_has_the_gradients_of_a_matrix_product():
+    x, weight = normal((2, 3, 5, 8)), normal((8, 6), 1)
+    y, pull = jax.vjp(pointwise_conv, x, weight)
+    gradient = normal(y.shape, 2)
+    dx, d_weight = pull(gradient)
+    rows, gradient_rows = x.reshape(-1, 8).astype(float), gradient.reshape(-1, 6).astype(float)
+    np.testing.assert_allclose(y.reshape(-1, 6), rows @ weight, atol=2e-6)
+    np.testing.assert_allclose(dx.reshape(-1, 8), gradient_rows @ weight.T, atol=2e-6)
+    np.testing.assert_allclose(d_weight, rows.T @ gradient_rows, atol=1e-5)
+
+
+def test_pointwise_conv_keeps_bfloat16():
+    x, weight = (jnp.array(normal(s), jnp.bfloat16) for s in [(4, 8), (8, 6)])
+    y, pull = jax.vjp(pointwise_conv, x, weight)
+    assert {y.dtype} | {d.dtype for d in pull(y)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# Run in processes of their own: the number of threads and the choice of kernels stand for a process.
+DIGEST = """
+import hashlib
+import jax, numpy as np
+from hccr_jax.ops.batch_norm import batch_norm_train
+from hccr_jax.ops.depthwise import depthwise_conv
+
+@jax.jit
+def run(x, weight, scale):
+    def loss(x, weight, scale):
+        y, mean, variance = batch_norm_train(x, scale, scale, True, 1e-3, None)
+        return (depthwise_conv(y, weight, 1) ** 2).sum(), (mean, variance)
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weight, scale)[1]
+
+rng = np.random.default_rng(0)
+inputs = [rng.normal(size=s).astype(np.float32) for s in [(33, 9, 9, 40), (3, 3, 40), (40,)]]
+for _ in range(2):
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run(*inputs))]
+    print(hashlib.sha256(b"".join(arrays)).hexdigest())
+"""
+
+LOGITS = """
+import sys
+import jax, numpy as np
+from flax import nnx
+from hccr_jax.models.registry import create_model, split_model
+
+network = create_model("mobilenet_v1", num_classes=7, width=0.25, rngs=nnx.Rngs(0))
+apply, params, stats = split_model(network)
+images = np.random.default_rng(0).random((16, 32, 32, 1), np.float32)
+logits, _ = jax.jit(lambda p, s, x: apply(p, s, x, True))(params, stats, images)
+np.save(sys.argv[1], logits)
+"""
+
+
+def start(script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return output
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot restrict a process here")
+def test_the_kernels_give_the_same_bits_every_time_and_on_any_number_of_threads():
+    native.available()  # so that the two processes need not both build the library
+    core = min(os.sched_getaffinity(0))
+    pin = f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+    both = [start(DIGEST), start(pin + DIGEST)]
+    digests = {line for process in both for line in finish(process).splitlines()}
+    assert len(digests) == 1
+
+
+def test_networks_give_the_same_logits_without_the_kernels(tmp_path):
+    native.available()
+    files = {flag: str(tmp_path / f"logits{flag}.npy") for flag in "01"}
+    both = [start(LOGITS, file, HCCR_CPU_KERNELS=flag) for flag, file in files.items()]
+    assert [finish(process) for process in both] == ["", ""]
+    with_kernels, without = np.load(files["1"]), np.load(files["0"])
+    assert np.ptp(with_kernels) > 0.1
+    np.testing.assert_allclose(without, with_kernels, atol=1e-4)
