@@ -24,7 +24,5 @@ def get_config() -> ConfigDict:
     config.optimizer.decay_rate = 0.94
     config.optimizer.decay_epochs = 2.5
     config.optimizer.staircase = True
-    # The learning rate never comes to rest, so the averages lag behind the weights: without this the
-    # accuracy swings by tens of points from one evaluation to the next.
     config.eval.batch_norm_batches = 50
     return config

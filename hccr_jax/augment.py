@@ -1,4 +1,4 @@
-"""Augmentation on the device: every geometric change of an image in one affine map, sampled once."""
+"""Augmentation on the device: all geometric changes of an image in one affine map, sampled once."""
 
 from collections.abc import Callable
 
@@ -94,7 +94,7 @@ def rotation_matrix(angle: jax.Array) -> jax.Array:
 
 
 def ink_extents(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns width and height in pixels, float32 (B,), of the ink box of images (B, S, S); at least 1."""
+    """Returns width and height, float32 (B,) pixels, of the ink of images (B, S, S); at least 1."""
     ink = images > INK_ABOVE
 
     def extent(lines: jax.Array) -> jax.Array:
@@ -109,8 +109,8 @@ def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array
     """Returns images moved by affine maps, with bilinear sampling and paper (0) outside.
 
     A point at offset p = (x right, y down), in pixels from the image's centre, moves to
-    matrices · p + shifts: the maps push. Pixel centres lie at half-integers, so an image's centre is
-    at S/2 and a flip maps pixel i to pixel S − 1 − i.
+    matrices · p + shifts: the maps push. Pixel centres lie at half-integers, so an image's centre
+    is at S/2 and a flip maps pixel i to pixel S − 1 − i.
 
     Args:
       images: float32 (B, S, S).
@@ -141,9 +141,7 @@ def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array
     return (upper * (1 - bottom_share) + lower * bottom_share).reshape(images.shape)
 
 
-def _erase(
-    images: jax.Array, draws: jax.Array, probability: float, max_side: float
-) -> jax.Array:
+def _erase(images: jax.Array, draws: jax.Array, probability: float, max_side: float) -> jax.Array:
     """Returns images with a random rectangle turned to paper; draws is (5, B) uniform."""
     size = images.shape[1]
     sides = size * (0.05 + (max_side - 0.05) * draws[1:3])

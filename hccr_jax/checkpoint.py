@@ -1,6 +1,7 @@
 """Checkpoints: Orbax behind one small face."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,37 +21,42 @@ class Checkpoints:
     """The checkpoints of one run, in a folder; a context manager that waits for the last save.
 
     A step holds named pytrees of arrays, each of which can be restored alone, and `about`, a JSON
-    object that travels with them (the class list, the config). Saving happens in the background; a step appears whole or not at all.
+    object that travels with them (the class list, the config). Saving happens in the background; a
+    step appears whole or not at all.
     """
 
-    def __init__(self, folder: str | Path, keep_latest: int = 1, keep_best: int = 1) -> None:
+    def __init__(self, folder: str | Path, keep_latest: int = 0, keep_best: int = 0) -> None:
         """Opens the folder.
 
         Args:
-          folder: made when the first step is saved.
-          keep_latest: newest steps to keep.
-          keep_best: steps of the highest validation top-1 to keep.
+          folder: made if steps are to be saved.
+          keep_latest: newest steps to keep; 0 opens the folder to read only, where a run may be
+            writing at the same time.
+          keep_best: steps of the highest validation top-1 to keep; while fewer have one, the newest
+            of the others fill their place.
         """
         policies = [
             preservation_policy.LatestN(keep_latest),
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST_METRIC],
-                n=keep_best,
-                keep_checkpoints_without_metrics=False,
-            ),
+            preservation_policy.BestN(get_metric_fn=_score, n=keep_best),
         ]
+        writes = keep_latest > 0
         self.folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-                create=True,
+                best_fn=_score,  # without it Orbax does not write the metrics
+                cleanup_tmp_directories=writes,
+                create=writes,
             ),
         )
 
     def save(
-        self, step: int, items: dict[str, Any], about: dict[str, Any], metrics: dict[str, float] | None
+        self,
+        step: int,
+        items: dict[str, Any],
+        about: dict[str, Any],
+        metrics: dict[str, float] | None,
     ) -> None:
         """Starts saving a step; returns once the arrays are copied.
 
@@ -62,10 +68,11 @@ class Checkpoints:
         """
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         composite = ocp.args.Composite(**arguments, about=ocp.args.JsonSave(about))
-        self._manager.save(step, args=composite, metrics=metrics, force=True)
+        self._manager.save(step, args=composite, metrics=metrics or {}, force=True)
 
     def steps(self) -> list[int]:
-        """Returns the steps there are, ascending."""
+        """Returns the steps there are, ascending, once those under way are saved."""
+        self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
@@ -84,8 +91,19 @@ class Checkpoints:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def about(self, step: int) -> dict[str, Any]:
-        """Returns the JSON object saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        """Returns the JSON object saved with a step.
+
+        Raises:
+          InputError: the step's folder is damaged.
+        """
+        about = ocp.args.Composite(about=ocp.args.JsonRestore())
+        try:
+            return self._manager.restore(step, args=about)["about"]
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise InputError(
+                f"{self.folder / str(step)}: not a checkpoint, or damaged; remove this folder to "
+                f"go back to an older one"
+            ) from error
 
     def restore(self, step: int, like: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
         """Returns items of a step, bit for bit as saved, placed as `sharding` says.
@@ -105,7 +123,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split()).split(". ")[0][:200]
             raise InputError(
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
@@ -122,6 +140,10 @@ class Checkpoints:
     ) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get(BEST_METRIC, -math.inf)
 
 
 def check_classes(saved: Sequence[str], current: Sequence[str], source: str | Path) -> None:

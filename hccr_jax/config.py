@@ -27,13 +27,13 @@ class Rule:
         if self.words:
             return "one of " + ", ".join(self.words)
         name = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-        bounds = "" if self.low == -math.inf else f" from {self.low:g}"
-        bounds += "" if self.high == math.inf else f" to {self.high:g}"
+        bounds = "" if self.low == -math.inf else f" from {self.low}"
+        bounds += "" if self.high == math.inf else f" to {self.high}"
         return name[self.kind] + bounds
 
     def admits(self, value: Any) -> bool:
         """Returns whether a value obeys the rule."""
-        number = int | float if self.kind is float else self.kind
+        number: Any = int | float if self.kind is float else self.kind
         if not isinstance(value, number) or (isinstance(value, bool) and self.kind is not bool):
             return False
         if self.kind in (int, float):
@@ -100,7 +100,14 @@ RULES: dict[str, Rule] = {
 }
 
 # A resume may change these: they leave the run's course as it was.
-FREE_ON_RESUME = ("num_steps", "num_epochs", "log_every_steps", "data.data_dir", "checkpoint.", "eval.")
+FREE_ON_RESUME = (
+    "num_steps",
+    "num_epochs",
+    "log_every_steps",
+    "data.data_dir",
+    "checkpoint.",
+    "eval.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,25 +139,35 @@ def unknown_key(key: str) -> InputError:
     return InputError(f"config has no key {key!r}: {hint}")
 
 
+def check_keys(config: ConfigDict) -> None:
+    """Checks that a config has every key and no other.
+
+    Raises:
+      InputError: names a key.
+    """
+    keys = [key for key, _ in flatten(config)]
+    for key in keys:
+        if key not in RULES:
+            raise unknown_key(key)
+    missing = sorted(set(RULES) - set(keys))
+    if missing:
+        raise InputError(f"config lacks the key {missing[0]!r}: start from configs/default.py")
+
+
 def check(config: ConfigDict) -> None:
     """Checks every key, type and range of a config.
 
     Raises:
       InputError: names the key, the value and what is allowed.
     """
-    values = dict(flatten(config))
-    for key, value in values.items():
-        if key not in RULES:
-            raise unknown_key(key)
+    check_keys(config)
+    for key, value in flatten(config):
         if not RULES[key].admits(value):
             raise InputError(f"config.{key}={value!r}: must be {RULES[key].allowed()}")
-    missing = sorted(set(RULES) - set(values))
-    if missing:
-        raise InputError(f"config lacks the key {missing[0]!r}: start from configs/default.py")
     if (config.num_steps > 0) == (config.num_epochs > 0):
         raise InputError(
-            f"config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g}: one must "
-            f"be positive, the other 0"
+            f"config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g}: one "
+            f"must be positive, the other 0; give both flags to change which"
         )
     if config.augment.resize_min > config.augment.resize_max:
         raise InputError(
@@ -170,12 +187,16 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     Raises:
       InputError: names the key and the nearest sizes that fit.
     """
-    for key, size in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size)):
+    for key, size in (
+        ("batch_size", config.batch_size),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
         if size % num_devices:
             below, above = size // num_devices * num_devices, -(-size // num_devices) * num_devices
             near = f"{below} or {above}" if below else str(above)
             raise InputError(
-                f"config.{key}={size}: must be a multiple of the {num_devices} devices, such as {near}"
+                f"config.{key}={size}: must be a multiple of {num_devices}, the number of devices, "
+                f"such as {near}"
             )
 
 
@@ -210,8 +231,10 @@ def resolve(config: ConfigDict, num_records: int) -> Steps:
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    """Writes a config as JSON; a kill leaves the old file or the new one, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def check_resume(config: ConfigDict, path: Path) -> None:
@@ -220,13 +243,16 @@ def check_resume(config: ConfigDict, path: Path) -> None:
     Raises:
       InputError: names the first key that would change the run's course, with both values.
     """
-    old = dict(flatten(ConfigDict(json.loads(path.read_text()))))
+    try:
+        old = dict(flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8")))))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}: choose another --workdir") from error
     for key, value in flatten(config):
         bound = not key.startswith(FREE_ON_RESUME)
         # With a cosine the length of the run shapes every step of it.
         bound |= key in ("num_steps", "num_epochs") and config.optimizer.schedule == "cosine"
         if bound and old.get(key) != value:
             raise InputError(
-                f"config.{key}={value!r}, but {path} was started with {old.get(key)!r}: resume with "
-                f"the old value or choose another --workdir"
+                f"config.{key}={value!r}, but the run was started with {old.get(key)!r} ({path}): "
+                f"resume with the old value or choose another --workdir"
             )

@@ -42,8 +42,13 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[..., Any], params: Any, batch_stats: Any, split: Split, batch_size: int, mesh: Mesh
-) -> Evaluation:  # fmt: skip
+    eval_step: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    split: Split,
+    batch_size: int,
+    mesh: Mesh,
+) -> Evaluation:
     """Returns the network's answers to every record of a split, each counted once.
 
     Args:

@@ -43,7 +43,10 @@ class MetricsWriter:
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if not math.isfinite(row.get("train/loss", 0.0)):
-            raise FloatingPointError(f"the loss is {row['train/loss']} at step {step}")
+            raise FloatingPointError(
+                f"the loss is {row['train/loss']} at step {step}: try a lower learning rate or "
+                f"--config.optimizer.clip_norm=1"
+            )
 
     def __enter__(self) -> Self:
         return self

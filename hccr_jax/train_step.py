@@ -105,7 +105,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": correct,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
         }
         return TrainState(state.step + 1, params, averages, opt_state), metrics
 

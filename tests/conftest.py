@@ -27,3 +27,47 @@ def casia_dir() -> Path:
             pytest.fail(f"HCCR_CASIA_DIR={named}: no HWDB1.1-100tst_gnt.zip in this folder")
         pytest.skip("the real CASIA subset is absent; HCCR_CASIA_DIR names its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Returns the flags of a job of seconds, all but --workdir, its data prepared by the first.
+
+    Everything random is on. Compiled programs are kept for other runs and processes.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    root = tmp_path_factory.mktemp("tiny_job")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    compilation_cache.reset_cache()
+    config = {
+        "num_steps": 8,
+        "batch_size": 8,
+        "log_every_steps": 1,
+        "model.name": "mobilenet_v1",
+        "model.width": 0.1,
+        "model.dropout_rate": 0.2,
+        "data.name": "strokes",
+        "data.data_dir": root / "data",
+        "data.image_px": 32,
+        "data.margin_px": 2,
+        "data.strokes.num_characters": 8,
+        "data.strokes.num_train_writers": 12,
+        "data.strokes.num_test_writers": 3,
+        "augment.flip_left_right_prob": 0.5,
+        "augment.rotate_deg": 20.0,
+        "augment.zoom": 0.1,
+        "augment.shift_px": 1.0,
+        "augment.erase_prob": 0.5,
+        "augment.noise_std": 0.05,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.05,
+        "optimizer.clip_norm": 1.0,
+        "optimizer.decay_epochs": 0.2,
+        "eval.every_steps": 4,
+        "eval.batch_size": 20,
+        "eval.batch_norm_batches": 2,
+    }
+    path = Path(__file__).parents[1] / "configs" / "default.py"
+    return [f"--config={path}", *(f"--config.{key}={value}" for key, value in config.items())]

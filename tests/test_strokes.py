@@ -75,9 +75,9 @@ def test_bitmaps_are_tight_and_within_the_limits_of_casia() -> None:
         assert bitmap.min() < 200, character
 
 
-def test_every_level_1_character_can_be_drawn() -> None:
+def test_level_1_characters_can_be_drawn() -> None:
     writer, rng = handwriting.create_writer(0), np.random.default_rng(0)
-    assert all(handwriting.draw(c, writer, rng).size for c in charset.level1()[::3])
+    assert all(handwriting.draw(c, writer, rng).size for c in charset.level1()[::9])
 
 
 def test_draw_refuses_other_characters() -> None:
@@ -92,7 +92,7 @@ def test_archives_parse_back_and_do_not_depend_on_the_number_of_processes(tmp_pa
     two = strokes.write_gnt_archives(
         tmp_path / "two", CHARACTERS, 3, 2, seed=7, processes=2, progress=False
     )
-    assert [path.name for path in one] == ["strokestrn_gnt.zip", "strokestst_gnt.zip"]
+    assert [path.name for path in one] == ["strokes_trn_gnt.zip", "strokes_tst_gnt.zip"]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [p.name for p in one]
 

@@ -30,9 +30,10 @@ def resize_weights(length: int, side: int, image_px: int, margin_px: int) -> np.
     """Returns the float32 (image_px, length) matrix that resamples one axis.
 
     The axis holds `length` source pixels centred in a square of `side`; the square fills the output
-    but for `margin_px` pixels at each end. The kernel is a triangle, widened when shrinking, so that
-    thin strokes fade instead of breaking up. Pixel centres lie at half-integers. Everything outside
-    the source is paper (zero ink), so each row is divided by the kernel's sum over the whole line.
+    but for `margin_px` pixels at each end. The kernel is a triangle, widened when shrinking, so
+    that thin strokes fade instead of breaking up. Pixel centres lie at half-integers. Everything
+    outside the source is paper (zero ink), so each row is divided by the kernel's sum over the
+    whole line.
     """
     scale = side / (image_px - 2 * margin_px)
     support = max(scale, 1.0)

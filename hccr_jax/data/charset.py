@@ -5,7 +5,7 @@ import functools
 
 @functools.cache
 def level1() -> tuple[str, ...]:
-    """Returns the 3,755 level-1 characters in GB2312 order (rows 16 to 55, the last one five short).
+    """Returns the 3,755 level-1 characters in GB2312 order: rows 16 to 55, the last five short.
 
     Source: GB 2312-80; CASIA-HWDB1.1 uses exactly this set.
 
@@ -30,8 +30,8 @@ def tag_to_character(tag: bytes) -> str | None:
       tag: the two bytes as they stand in the file, high byte first. One-byte characters (digits,
         letters, marks) are stored as the byte and a zero.
 
-    >>> tag_to_character(bytes.fromhex("b0a1")), tag_to_character(b"A\\0"), tag_to_character(b"\\xff\\xff")
-    ('啊', 'A', None)
+    >>> [tag_to_character(bytes.fromhex(tag)) for tag in ("b0a1", "4100", "ffff")]
+    ['啊', 'A', None]
     """
     try:
         character = tag.rstrip(b"\0").decode("gbk")

@@ -36,8 +36,8 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of steps first_step to last_step − 1.
 
-    Step s always yields the same records, wherever the stream starts, so a resumed run needs nothing
-    but its step.
+    Step s always yields the same records, wherever the stream starts, so a resumed run needs
+    nothing but its step.
 
     Args:
       split: from `load_split`.

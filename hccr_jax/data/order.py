@@ -32,7 +32,7 @@ def batch_rows(seed: int, step: int, batch_size: int, num_records: int) -> np.nd
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
-    # Sorting the raw bits of a counter-based generator: NumPy promises these never to change, but not
-    # the output of Generator.permutation.
+    # Sorting the raw bits of a counter-based generator: NumPy promises these never to change, but
+    # not the output of Generator.permutation.
     bits = np.random.Philox(key=[seed, epoch]).random_raw(num_records)
     return np.argsort(bits, kind="stable")

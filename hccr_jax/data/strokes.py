@@ -81,7 +81,7 @@ def write_gnt_archives(
       progress: whether to show a progress bar on stderr.
 
     Returns:
-      The paths of `strokestrn_gnt.zip` and `strokestst_gnt.zip`.
+      The paths of `strokes_trn_gnt.zip` and `strokes_tst_gnt.zip`.
 
     Raises:
       InputError: a number below 1, no characters, or one that is not of level 1.
@@ -89,8 +89,8 @@ def write_gnt_archives(
     _check_request(characters, num_train_writers, num_test_writers, seed)
     first_test = FIRST_WRITER + num_train_writers
     archives = (
-        (directory / "strokestrn_gnt.zip", range(FIRST_WRITER, first_test)),
-        (directory / "strokestst_gnt.zip", range(first_test, first_test + num_test_writers)),
+        (directory / "strokes_trn_gnt.zip", range(FIRST_WRITER, first_test)),
+        (directory / "strokes_tst_gnt.zip", range(first_test, first_test + num_test_writers)),
     )
     directory.mkdir(parents=True, exist_ok=True)
     total = (num_train_writers + num_test_writers) * len(characters)

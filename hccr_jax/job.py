@@ -1,0 +1,162 @@
+"""A config made concrete: its data, network and functions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hccr_jax import config as config_lib
+from hccr_jax import optim, sharding
+from hccr_jax.augment import make_augment
+from hccr_jax.config import Steps
+from hccr_jax.data.dataset import prepare_strokes
+from hccr_jax.data.splits import Split, load_split
+from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.ops import native
+from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
+from hccr_jax.train_step import (
+    Augment,
+    make_eval_step,
+    make_statistics_step,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What an evaluation needs.
+
+    Attributes:
+      mesh: of all devices.
+      apply: the network as a pure function.
+      eval_step: from `train_step.make_eval_step`.
+      params, batch_stats: initial, on every device.
+      summary: its layers, as a table.
+    """
+
+    mesh: Mesh
+    apply: Apply
+    eval_step: Callable[..., Any]
+    params: Any
+    batch_stats: Any
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a training run needs.
+
+    Attributes:
+      config: passed by `config.check`.
+      network: see there.
+      train, validation, test: the splits.
+      steps: lengths of everything.
+      augment: from `augment.make_augment`.
+      schedule: learning rate by step.
+      train_step, statistics_step: from `train_step`; jitted.
+      initial: the state before the first step.
+    """
+
+    config: ConfigDict
+    network: Network
+    train: Split
+    validation: Split
+    test: Split
+    steps: Steps
+    augment: Augment
+    schedule: Callable[[Any], Any]
+    train_step: Any
+    statistics_step: Callable[..., Any]
+    initial: TrainState
+
+
+def create_network(config: ConfigDict, num_classes: int) -> Network:
+    """Returns the network of a config, freshly initialised.
+
+    Raises:
+      InputError: a batch cannot be split evenly over the devices.
+    """
+    native.keep_memory()
+    mesh = sharding.create_mesh()
+    config_lib.check_devices(config, mesh.size)
+    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
+    options["dtype"] = _dtype(options["dtype"])
+    rngs = nnx.Rngs(stream_key(config.seed, INIT))
+    model = create_model(num_classes=num_classes, rngs=rngs, **options)
+    apply, *initial = split_model(model)
+    params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
+    summary, _ = summarize(model, config.data.image_px)
+    return Network(mesh, apply, make_eval_step(apply, mesh), params, batch_stats, summary)
+
+
+def create_job(config: ConfigDict) -> Job:
+    """Returns everything a training run needs; data sets are put into normal form on first use.
+
+    Raises:
+      InputError: the data or the config's numbers do not fit.
+    """
+    data, options = config.data, config.optimizer
+    names = (data.train_split, data.validation_split, data.test_split)
+    train, validation, test = (load(config, name) for name in names)
+    steps = config_lib.resolve(config, len(train.labels))
+    network = create_network(config, len(train.classes))
+    schedule = optim.make_schedule(
+        options.schedule,
+        options.learning_rate,
+        total_steps=steps.total,
+        warmup_steps=steps.warmup,
+        decay_rate=options.decay_rate,
+        decay_steps=steps.decay,
+        staircase=options.staircase,
+        end_learning_rate=options.end_learning_rate,
+    )
+    optimizer = optim.make_optimizer(
+        options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+    augment = make_augment(**config.augment)
+    train_step = make_train_step(
+        network.apply,
+        optimizer,
+        augment,
+        network.mesh,
+        seed=config.seed,
+        label_smoothing=config.loss.label_smoothing,
+        batch_norm_momentum=config.model.batch_norm_momentum,
+    )
+    state = create_train_state(network.params, network.batch_stats, optimizer)
+    return Job(
+        config=config,
+        network=network,
+        train=train,
+        validation=validation,
+        test=test,
+        steps=steps,
+        augment=augment,
+        schedule=schedule,
+        train_step=train_step,
+        statistics_step=make_statistics_step(
+            network.apply, augment, network.mesh, seed=config.seed
+        ),
+        initial=jax.device_put(state, sharding.replicated(network.mesh)),
+    )
+
+
+def load(config: ConfigDict, split: str) -> Split:
+    """Returns a split in normal form, making the embedded data set where it is asked for."""
+    data = config.data
+    name = data.name
+    if name == "strokes":
+        name = prepare_strokes(data.data_dir, **data.strokes)
+    return load_split(name, data.data_dir, split, data.image_px, data.margin_px)
+
+
+def _dtype(name: str) -> Any:
+    """Returns the dtype of the arithmetic; "auto" is bfloat16 where the device computes in it."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)

@@ -1,0 +1,174 @@
+"""The networks against published counts, the paper's cost formula and their contracts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hccr_jax.models.layers import (
+    BatchNorm,
+    Classifier,
+    Conv,
+    DepthwiseSeparable,
+    InvertedResidual,
+    recording,
+    scaled_channels,
+)
+from hccr_jax.models.registry import MODELS, count_parameters, create_model, split_model, summarize
+
+
+def describe(name: str, image_px: int, **arguments) -> tuple[int, str, int]:
+    """Returns a network's parameter count, its table and its multiply-adds."""
+    network = create_model(name, rngs=nnx.Rngs(0), **arguments)
+    table, multiply_adds = summarize(network, image_px, arguments["channels"])
+    return count_parameters(split_model(network)[1]), table, multiply_adds
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "channels", "image_px", "parameters", "millions"),
+    [
+        ("mobilenet_v1", 3755, 1, 64, 7_055_275, 49.60),
+        ("mobilenet_v2", 3755, 1, 64, 7_033_451, 28.67),
+        # For ImageNet; the two papers round to 4.2 M and 569 M, and to 3.4 M and 300 M.
+        ("mobilenet_v1", 1000, 3, 224, 4_231_976, 568.74),
+        ("mobilenet_v2", 1000, 3, 224, 3_504_872, 300.77),
+    ],
+)
+def test_sizes_are_the_published_ones(name, num_classes, channels, image_px, parameters, millions):
+    arguments = {"num_classes": num_classes, "channels": channels}
+    counted, table, multiply_adds = describe(name, image_px, **arguments)
+    assert counted == parameters
+    assert multiply_adds / 1e6 == pytest.approx(millions, abs=0.005)
+    assert table.splitlines()[-1].split() == ["total", f"{parameters:,}", f"{multiply_adds:,}"]
+
+
+@pytest.mark.parametrize(("name", "width", "parameters"), [
+    ("mobilenet_v1", 0.25, 470_072),
+    ("mobilenet_v1", 0.5, 1_331_592),
+    ("mobilenet_v2", 0.35, 1_677_128),
+    ("mobilenet_v2", 1.4, 6_108_776),
+])  # fmt: skip
+def test_width_multipliers_have_the_sizes_of_keras_applications(name, width, parameters):
+    counted, _, _ = describe(name, 32, num_classes=1000, channels=3, width=width)
+    assert counted == parameters
+
+
+def make_block(block: type[nnx.Module], *sizes: int, dtype=jnp.float32):
+    return block(*sizes, epsilon=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.array(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+
+def cost_of(layer, shape: tuple[int, ...]) -> int:
+    with recording() as costs:
+        jax.eval_shape(lambda x: layer(x, False, None), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return sum(cost.multiply_adds for cost in costs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_separable_block_costs_what_section_3_2_says(stride):
+    inputs, outputs, kernel = 24, 56, 3
+    block = make_block(DepthwiseSeparable, inputs, outputs, stride)
+    height, width = 12 // stride, 16 // stride
+    expected = height * width * inputs * (kernel**2 + outputs)
+    assert cost_of(block, (1, 12, 16, inputs)) == expected
+
+
+def test_an_inverted_residual_costs_what_its_three_layers_do():
+    block = make_block(InvertedResidual, 16, 24, 2, 6)
+    expand, depthwise, project = 10 * 10 * 16 * 96, 5 * 5 * 9 * 96, 5 * 5 * 96 * 24
+    assert cost_of(block, (1, 10, 10, 16)) == expand + depthwise + project
+
+
+@pytest.mark.parametrize(("stride", "channels_out", "shortcut"), [
+    (1, 16, True), (1, 24, False), (2, 16, False)
+])  # fmt: skip
+def test_a_silenced_inverted_residual_is_its_shortcut(stride, channels_out, shortcut):
+    block = make_block(InvertedResidual, 16, channels_out, stride, 2)
+    block.project.norm.scale[...] = jnp.zeros(channels_out)
+    x = normal(2, 6, 6, 16)
+    expected = x if shortcut else jnp.zeros((2, 6 // stride, 6 // stride, channels_out))
+    np.testing.assert_array_equal(block(x, False, None), expected)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [
+    (1, 3, 2), (3, 3, 2), (3, 3, 1), (8, 3, 2), (8, 5, 1), (8, 1, 2), (8, 1, 1), (1, 5, 2)
+])  # fmt: skip
+def test_conv_is_a_convolution_on_each_of_its_ways(channels, kernel, stride):
+    conv = Conv(channels, 6, kernel, stride, rngs=nnx.Rngs(0))
+    x = normal(2, 9, 7, channels)
+    border = kernel // 2
+    expected = jax.lax.conv_general_dilated(
+        x, conv.weight[...], (stride, stride), [(border, border)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    np.testing.assert_allclose(conv(x), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_logits_parameters_and_statistics_are_float32(name, dtype):
+    network = create_model(name, num_classes=5, width=0.25, dtype=dtype, rngs=nnx.Rngs(0))
+    apply, params, batch_stats = split_model(network)
+    images = jax.ShapeDtypeStruct((3, 32, 32, 1), jnp.float32)
+    for train in (False, True):
+        logits, after = jax.eval_shape(
+            lambda p, s, x, train=train: apply(p, s, x, train), params, batch_stats, images
+        )
+        assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
+        assert {leaf.dtype for leaf in jax.tree.leaves((params, after))} == {jnp.dtype("float32")}
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, batch_stats)
+
+
+def test_a_block_in_bfloat16_rounds_to_8_bits():
+    x = normal(4, 6, 6, 16)
+
+    def output(dtype):
+        block = make_block(DepthwiseSeparable, 16, 24, 1, dtype=dtype)
+        y = jax.jit(lambda x: block(x, False, None))(x)
+        assert y.dtype == dtype
+        return np.asarray(y, np.float32)
+
+    exact = output(jnp.float32)
+    error = np.abs(output(jnp.bfloat16) - exact).max() / exact.max()
+    assert 2**-10 < error < 2**-6
+
+
+def test_batch_norm_leaves_the_batchs_statistics_in_training_and_uses_the_stored_ones_after():
+    norm = BatchNorm(16, relu6=False, epsilon=0.0)
+    x = 3 * normal(8, 5, 5, 16) + 2
+    y = norm(x, True, None)
+    np.testing.assert_allclose(norm.mean[...], np.mean(x, (0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(norm.variance[...], np.var(x, (0, 1, 2)), rtol=1e-4)
+    np.testing.assert_array_equal(norm(x, False, None), y)
+
+
+def test_a_dropout_mask_depends_on_its_own_key_alone():
+    classifier = Classifier(64, 64, 0.5, rngs=nnx.Rngs(0))
+    classifier.weight[...] = jnp.eye(64)  # so that the logits are the features that were kept
+    ones, keys = jnp.ones((6, 2, 2, 64)), jax.random.split(jax.random.key(3), 6)
+    features = np.asarray(classifier(ones, True, keys))
+    assert set(np.unique(features)) == {0.0, 2.0}
+    assert 0.4 < (features > 0).mean() < 0.6
+    assert len(np.unique(features, axis=0)) == 6
+    np.testing.assert_array_equal(classifier(ones[3:5], True, keys[3:5]), features[3:5])
+    np.testing.assert_array_equal(classifier(ones, True, keys[::-1]), features[::-1])
+    np.testing.assert_array_equal(classifier(ones, False, None), np.ones((6, 64)))
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 64, 96, 160, 320, 1280])
+def test_scaled_channels_obeys_its_three_rules(channels):
+    assert scaled_channels(channels, 1.0) == channels
+    for width in np.linspace(0.05, 2, 40):
+        scaled = scaled_channels(channels, width)
+        assert scaled % 8 == 0
+        assert scaled >= max(8, 0.9 * channels * width)
+        assert scaled <= max(8, channels * width + 8)
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(KeyError, match="mobilenet_v9"):
+        create_model("mobilenet_v9", num_classes=2, rngs=nnx.Rngs(0))

@@ -1,0 +1,252 @@
+"""The step functions: statistics, gradients and metrics, on one device and on four."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from scipy.special import log_softmax
+
+from hccr_jax.losses import cross_entropy
+from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual
+from hccr_jax.models.registry import split_model
+from hccr_jax.optim import make_optimizer
+from hccr_jax.sharding import DATA_AXIS, replicated
+from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, create_train_state
+from hccr_jax.train_step import (
+    average_statistics,
+    make_eval_step,
+    make_statistics_step,
+    make_train_step,
+    row_keys,
+    to_float,
+)
+
+NUM_CLASSES, IMAGE_PX = 7, 12
+
+
+class SmallNetwork(nnx.Module):
+    """Layers of every kind: a whole network takes far longer to compile."""
+
+    def __init__(self, dropout_rate: float, rngs: nnx.Rngs) -> None:
+        common = {"epsilon": 1e-3, "dtype": jnp.float32, "rngs": rngs}
+        self.blocks = nnx.List(
+            [ConvNorm(1, 16, 3, 2, **common), InvertedResidual(16, 16, 1, 2, **common)]
+        )
+        self.classifier = Classifier(16, NUM_CLASSES, dropout_rate, rngs=rngs)
+
+    def __call__(self, images, train=False, dropout_keys=None, axis_name=None):
+        x = images
+        for block in self.blocks:
+            x = block(x, train, axis_name)
+        return self.classifier(x, train, dropout_keys)
+
+
+def make_small_network(dropout_rate: float = 0.0):
+    return split_model(SmallNetwork(dropout_rate, nnx.Rngs(0)))
+
+
+def mesh_of(count: int) -> Mesh:
+    devices = jax.devices()[:count]
+    return jax.make_mesh((count,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def make_batch(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (rows, IMAGE_PX, IMAGE_PX), np.uint8)
+    return images, rng.integers(0, NUM_CLASSES, rows).astype(np.int32)
+
+
+def fresh(params, batch_stats, optimizer, mesh: Mesh) -> TrainState:
+    """A state of its own, for the step gives up the one it gets, placed as the step leaves it."""
+    copies = jax.tree.map(jnp.copy, (params, batch_stats))
+    return jax.device_put(create_train_state(*copies, optimizer), replicated(mesh))
+
+
+def assert_near(ours, expected, atol: float = 1e-5) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), ours, expected
+    )
+
+
+def test_the_first_average_is_the_first_batch():
+    batch = jnp.array([1e-7, 3.3, 1e7])
+    averages = average_statistics(jnp.array([1.0, 1.0, 1.0]), batch, jnp.array(0), 0.9997)
+    np.testing.assert_array_equal(averages, batch)
+
+
+def test_averages_of_a_constant_stay_exact():
+    constant = jnp.array(np.random.default_rng(0).normal(size=1000) * 1e3, jnp.float32)
+    average = jax.jit(functools.partial(average_statistics, momentum=0.9997))
+    for step in [0, 1, 2, 3, 77, 4321, 29_991, 30_000, 160_000, 2**31 - 1]:
+        averages = average(constant, constant, jnp.array(step))
+        np.testing.assert_array_equal(averages, constant)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9997])
+def test_averages_follow_their_recursion(momentum):
+    batches = np.random.default_rng(0).normal(5, 1, (200, 3)).astype(np.float32)
+    average = jax.jit(functools.partial(average_statistics, momentum=momentum))
+    ours, exact = {"mean": jnp.zeros(3)}, np.zeros(3)
+    for step, batch in enumerate(batches):
+        ours = average(ours, {"mean": batch}, jnp.array(step))
+        keep = min(momentum, step / (step + 9))
+        exact = keep * exact + (1 - keep) * batch
+    np.testing.assert_allclose(ours["mean"], exact, rtol=1e-6)
+
+
+def test_every_row_step_and_stream_has_a_key_of_its_own():
+    keys = [
+        jax.random.key_data(row_keys(seed, stream, jnp.array(step), 5))
+        for seed in (0, 1) for stream in (AUGMENT, DROPOUT) for step in (0, 1)
+    ]  # fmt: skip
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 2 * 2 * 5
+    more = jax.random.key_data(row_keys(0, AUGMENT, jnp.array(0), 9))
+    np.testing.assert_array_equal(more[:5], keys[0])  # a larger batch leaves its first rows alone
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_is_that_of_the_smoothed_target(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = 5 * rng.normal(size=(6, 10)), rng.integers(0, 10, 6)
+    target = (1 - smoothing) * np.eye(10)[labels] + smoothing / 10
+    exact = -(target * log_softmax(logits, axis=1)).sum(1)
+    ours = cross_entropy(jnp.array(logits, jnp.float32), jnp.array(labels), smoothing)
+    np.testing.assert_allclose(ours, exact, rtol=1e-5)
+
+
+def test_cross_entropy_bears_huge_logits():
+    logits = jnp.array([[1e4, -1e4, 0.0]])
+    np.testing.assert_allclose(cross_entropy(logits, jnp.array([0])), [0.0])
+    np.testing.assert_allclose(cross_entropy(logits, jnp.array([1])), [2e4])
+
+
+def as_they_are(keys: jax.Array, images: jax.Array) -> jax.Array:
+    return images
+
+
+@pytest.fixture(scope="module")
+def descent():
+    """Returns a network, plain gradient descent at rate 0.5, and its step on four devices."""
+    network = make_small_network()
+    optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
+    step = make_train_step(
+        network[0], optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1
+    )
+    return network, optimizer, step
+
+
+def test_a_step_descends_the_gradient_of_the_mean_loss(descent):
+    images, labels = make_batch(16)
+    (apply, params, batch_stats), optimizer, step = descent
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def plain(params):
+        logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
+        return cross_entropy(logits, jnp.array(labels), 0.1).mean(), (logits, statistics)
+
+    (loss, (logits, statistics)), gradients = plain(params)
+    state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
+    accuracy = (np.argmax(logits, 1) == labels).mean()
+    assert_near(metrics, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm})
+    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats, statistics)
+    assert state.step == 1
+
+
+def test_steps_are_pure_and_do_not_depend_on_the_number_of_devices():
+    images, labels = make_batch(16)
+    apply, params, batch_stats = make_small_network(dropout_rate=0.5)
+    optimizer = make_optimizer("sgd", lambda step: 0.1, beta1=0.9)
+
+    def two_steps(devices):
+        state = fresh(params, batch_stats, optimizer, mesh_of(devices))
+        state, first = steps[devices](state, images, labels)
+        state, second = steps[devices](state, images, labels)
+        return state, (first, second)
+
+    steps = {
+        count: make_train_step(apply, optimizer, as_they_are, mesh_of(count), seed=3)
+        for count in (1, 4)
+    }
+    once, again, on_four = two_steps(1), two_steps(1), two_steps(4)
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    jax.tree.map(np.testing.assert_array_equal, on_four, two_steps(4))
+    assert_near(on_four, once)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices):
+    def draw(keys):
+        return jax.vmap(jax.random.uniform)(keys)
+
+    def noise(keys, images):
+        return jnp.zeros_like(images) + draw(keys)[:, None, None]
+
+    def network(params, batch_stats, images, train, dropout_keys, axis_name):
+        statistics = {"augment": images[:, 0, 0, 0], "dropout": draw(dropout_keys)}
+        statistics = jax.lax.all_gather(statistics, axis_name, tiled=True)
+        return jnp.zeros((len(images), NUM_CLASSES)) + params[None], statistics
+
+    images, labels = make_batch(8)
+    optimizer = make_optimizer("sgd", lambda step: 0.0)
+    step = make_train_step(
+        network, optimizer, noise, mesh_of(devices), seed=3, batch_norm_momentum=0.0
+    )
+    nothing = {"augment": jnp.zeros(8), "dropout": jnp.zeros(8)}
+    state = fresh(jnp.zeros(NUM_CLASSES), nothing, optimizer, mesh_of(devices))
+    for count in range(2):
+        state, _ = step(state, images, labels)
+        for name, stream in (("augment", AUGMENT), ("dropout", DROPOUT)):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), stream), count)
+            expected = [float(jax.random.uniform(jax.random.fold_in(key, row))) for row in range(8)]
+            np.testing.assert_allclose(state.batch_stats[name], expected, rtol=1e-6)
+
+
+def test_the_loss_falls_on_a_fixed_batch(descent):
+    images, labels = make_batch(16)
+    (_, params, batch_stats), optimizer, step = descent
+    state, losses = fresh(params, batch_stats, optimizer, mesh_of(4)), []
+    for _ in range(20):
+        state, metrics = step(state, images, labels)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 0.7 * np.log(NUM_CLASSES)
+    assert losses[-1] < 0.5 * losses[0]
+    assert state.step == 20
+
+
+def test_the_statistics_step_averages_batches_equally():
+    apply, params, batch_stats = make_small_network()
+    step = make_statistics_step(apply, as_they_are, mesh_of(4), seed=0)
+    of_batch = jax.jit(lambda x: apply(params, batch_stats, to_float(x)[..., None], True)[1])
+    averages, separate = batch_stats, []
+    for count in range(3):
+        images, _ = make_batch(8, seed=count)
+        averages = step(params, averages, images // (count + 1), jnp.array(count))
+        separate.append(of_batch(images // (count + 1)))
+    assert_near(averages, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *separate))
+
+
+@pytest.mark.parametrize("num_classes", [3, 50])
+def test_the_eval_step_ranks_as_numpy_does(num_classes):
+    images, labels = make_batch(8)
+    labels %= num_classes
+    weight = np.random.default_rng(1).normal(size=(IMAGE_PX**2, num_classes)).astype(np.float32)
+
+    def linear(weight, batch_stats, images):
+        return images.reshape(len(images), -1) @ weight, batch_stats
+
+    losses, classes, probabilities = make_eval_step(linear, mesh_of(4))(weight, {}, images, labels)
+    logs = log_softmax(images.reshape(8, -1) / 255.0 @ weight.astype(np.float64), axis=1)
+    best = np.argsort(-logs, axis=1)[:, :5]
+    np.testing.assert_array_equal(classes, best)
+    np.testing.assert_allclose(losses, -logs[np.arange(8), labels], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities, np.exp(np.take_along_axis(logs, best, axis=1)), rtol=1e-4, atol=1e-6
+    )
+    assert probabilities.sharding.is_fully_replicated
