@@ -17,7 +17,6 @@ from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.splits import Split, load_split
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
-from hccr_jax.ops import native
 from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
 from hccr_jax.train_step import (
     Augment,
@@ -76,14 +75,8 @@ class Job:
 
 
 def create_network(config: ConfigDict, num_classes: int) -> Network:
-    """Returns the network of a config, freshly initialised.
-
-    Raises:
-      InputError: a batch cannot be split evenly over the devices.
-    """
-    native.keep_memory()
+    """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
-    config_lib.check_devices(config, mesh.size)
     options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
     options["dtype"] = _dtype(options["dtype"])
     rngs = nnx.Rngs(stream_key(config.seed, INIT))

@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from hccr_jax import train  # slow to import: a wrong flag should be told at once
+        from hccr_jax.ops import native
 
+        native.keep_memory()
         config, workdir = values.config, pathlib.Path(values.workdir).expanduser()
         if values.mode == "eval":
             train.evaluate_checkpoint(config, workdir, values.checkpoint)

@@ -50,7 +50,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       FloatingPointError: the loss is no longer finite; nothing is saved from then on.
       SystemExit: with code 143, stopped by SIGTERM after saving.
     """
-    _check_workdir(workdir)  # before the data: its normal form takes minutes
+    _check_workdir(workdir)  # first what needs no data: their normal form takes minutes
+    config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
     job = create_job(config)
@@ -86,6 +87,7 @@ def evaluate_checkpoint(
             f"{folder}: no such folder; give the --workdir of a run, or --checkpoint=FOLDER"
         )
     _check_workdir(workdir)
+    config_lib.check_devices(config, jax.device_count())
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best_step()
         if step is None:

@@ -44,24 +44,52 @@ def _backward(stride: int, saved, gradient: jax.Array):
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in saved)
         call = jax.ffi.ffi_call("hccr_depthwise_backward", shapes)
         return call(x, weight, gradient, stride=np.int64(stride))
-    form = shifted_sum if jax.default_backend() == "cpu" else grouped_conv
-    return jax.vjp(lambda x, weight: form(x, weight, stride), x, weight)[1](gradient)
+    if jax.default_backend() == "cpu":
+        return _data_gradient(x, weight, gradient, stride), _weight_gradient(x, gradient, stride)
+    return jax.vjp(lambda x, weight: grouped_conv(x, weight, stride), x, weight)[1](gradient)
 
 
 depthwise_conv.defvjp(_forward, _backward)
 
 
 def shifted_sum(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
-    """Returns `depthwise_conv` as a sum of nine shifted products: elementwise, for any device."""
+    """Returns `depthwise_conv` as the sum of nine shifted products: elementwise, on any device."""
+    taps = _taps(x, stride)
+    products = [tap * weight[k // 3, k % 3][None, None, None] for k, tap in enumerate(taps)]
+    return functools.reduce(jnp.add, products)
+
+
+def _taps(x: jax.Array, stride: int) -> list[jax.Array]:
+    """Returns what each of the nine weights meets, row by row of the filter: (B, H', W', C)."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     batch, height, width, channels = _out_shape(x, stride)
+    rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
 
     def tap(i: int, j: int) -> jax.Array:
-        limit = (batch, i + (height - 1) * stride + 1, j + (width - 1) * stride + 1, channels)
+        limit = (batch, i + rows, j + columns, channels)
         return lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
-    products = [tap(i, j) * weight[i, j][None, None, None] for i in range(3) for j in range(3)]
-    return functools.reduce(jnp.add, products)
+    return [tap(i, j) for i in range(3) for j in range(3)]
+
+
+def _data_gradient(x: jax.Array, weight: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
+    """Returns the gradient of x: the output's, spread out, convolved with the turned filter."""
+    bottom, right = (x.shape[a] - (gradient.shape[a] - 1) * stride - 1 for a in (1, 2))
+    spread = [(0, 0, 0), (0, bottom, stride - 1), (0, right, stride - 1), (0, 0, 0)]
+    spaced = lax.pad(gradient, jnp.zeros((), gradient.dtype), spread)
+    return shifted_sum(spaced, weight[::-1, ::-1], 1)
+
+
+def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
+    """Returns the gradient of the weights, image by image: one image's share fits the cache."""
+
+    def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        image, image_gradient = pair
+        products = [tap[0] * image_gradient for tap in _taps(image[None], stride)]
+        return total + jnp.stack([product.sum((0, 1)) for product in products]), None
+
+    zeros = jnp.zeros((9, x.shape[-1]), gradient.dtype)
+    return lax.scan(add, zeros, (x, gradient))[0].reshape(3, 3, -1)
 
 
 def grouped_conv(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:

@@ -95,12 +95,14 @@ def _processor() -> str:
 def keep_memory() -> None:
     """Tells glibc to keep freed memory in the process; does nothing elsewhere.
 
-    XLA allocates a step's working memory anew each step. By default glibc takes hundreds of
-    megabytes from the kernel and gives them back every time, and every page is cleared again on its
-    first touch.
+    XLA allocates a step's working memory, hundreds of megabytes, anew each step. By default glibc
+    maps it from the kernel and gives it back every time, and every page is cleared again on its
+    first touch. To be called before JAX starts its threads: a thread that got a heap of its own
+    maps such blocks whatever it is told.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)
