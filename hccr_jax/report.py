@@ -95,7 +95,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_value(name: str, value: str | int | float) -> str:
-    """Returns a result as a person reads it; shares named `top…` or `…accuracy` become per cent.
+    """Returns a result as a person reads it; shares named `…top1`, `…top5` or `…accuracy` become per cent.
 
     >>> format_value("robustness.flip.top1", 0.96127), format_value("count", 223991)
     ('96.13 %', '223,991')
@@ -105,7 +105,7 @@ def format_value(name: str, value: str | int | float) -> str:
     last = name.rpartition(".")[2]
     if isinstance(value, str | bool):
         return str(value)
-    if last.startswith("top") or last.endswith("accuracy"):
+    if last.endswith(("top1", "top5", "accuracy")):
         return f"{100 * value:.2f} %"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 

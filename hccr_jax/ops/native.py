@@ -2,7 +2,7 @@
 
 The kernels are compiled once for the machine they run on (a few seconds, kept in the user's cache
 folder). Where no C++ compiler is found everything runs on XLA's own operations: the same numbers to
-rounding, at about a third of the speed.
+rounding, at about half the speed.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ def available() -> bool:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         logging.warning(
-            "No C++ compiler found: training on this CPU will be about three times slower. "
+            "No C++ compiler found: training on this CPU will be about two times slower. "
             "Install one (Debian: apt install g++) to use the built-in kernels."
         )
         return False
