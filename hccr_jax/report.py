@@ -95,7 +95,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_value(name: str, value: str | int | float) -> str:
-    """Returns a result as a person reads it; shares named `…top1`, `…top5` or `…accuracy` become per cent.
+    """Returns a result as a person reads it; `…top1`, `…top5`, `…accuracy` in per cent.
 
     >>> format_value("robustness.flip.top1", 0.96127), format_value("count", 223991)
     ('96.13 %', '223,991')
