@@ -34,8 +34,9 @@ def make_augment(
       flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
       rotate_prob, rotate_deg: with this probability rotates by U(−rotate_deg, rotate_deg).
       resize_prob, resize_min, resize_max: with this probability stretches width and height each by
-        U(resize_min, resize_max); the longer side of the ink is then brought back to its length
-        before, as the normal form would, so that only the aspect changes.
+        U(resize_min, resize_max); the longer side of the turned ink box is then brought back to
+        its length before, as the normal form would, so that only the aspect changes and nothing
+        leaves the image.
       zoom: scales by U(1 − zoom, 1 + zoom).
       shear: shifts each row by U(−shear, shear) times its distance from the middle row.
       shift_px: shifts by U(−shift_px, shift_px) along each axis.
@@ -58,11 +59,13 @@ def make_augment(
         angle = _chosen(draws[3], rotate_prob, angle, 0.0)
         stretch = resize_min + (resize_max - resize_min) * draws[4:6]
         stretch_x, stretch_y = _chosen(draws[6], resize_prob, stretch, 1.0)
-        width, height = ink_extents(images)
+        turn = rotation_matrix(angle)
+        # The box around the turned ink box: what is stretched may be narrow before, not after.
+        width, height = jnp.einsum("ijb,jb->ib", jnp.abs(turn), jnp.stack(ink_extents(images)))
         refit = jnp.maximum(width, height) / jnp.maximum(stretch_x * width, stretch_y * height)
         scale = refit * (1.0 + _spread(draws[7], zoom))
         slope = _spread(draws[8], shear)
-        matrix = rotation_matrix(angle) * jnp.stack([flip_x, flip_y])[None]
+        matrix = turn * jnp.stack([flip_x, flip_y])[None]
         matrix = matrix * jnp.stack([stretch_x * scale, stretch_y * scale])[:, None]
         return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
 

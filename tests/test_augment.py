@@ -90,6 +90,18 @@ def test_resize_changes_the_aspect_and_keeps_the_longer_side():
     assert aspect.max() > 1.5  # 24/40 · 2.5/0.5 = 3
 
 
+def test_the_paper_augmentation_crops_nothing():
+    bar = (
+        jnp.zeros((500, SIZE, SIZE)).at[:, 12:52, 30:34].set(1.0)
+    )  # narrow: stretching it is worst
+    augment = make_augment(
+        flip_left_right_prob=0.5, rotate_deg=30.0, resize_min=0.5, resize_max=2.5
+    )
+    border = np.ones((SIZE, SIZE), bool)
+    border[1:-1, 1:-1] = False
+    assert np.asarray(augment(keys(500), bar))[:, border].max() == 0
+
+
 def test_a_row_depends_on_its_own_key_and_image_alone():
     augment = make_augment(
         rotate_deg=30.0, zoom=0.2, shear=0.2, shift_px=3.0, erase_prob=0.5, noise_std=0.05
