@@ -37,7 +37,7 @@ def member(writer: int, characters: str) -> bytes:
 
 
 def write_archives(folder: Path, damage: bytes = b"") -> Path:
-    """Writes a training and a test archive; symbols and an unknown tag stand among the records."""
+    """Writes a training and a test archive; symbols stand among the records."""
     folder.mkdir()
     with zipfile.ZipFile(folder / "HWDB1.1trn_gnt_P1.zip", "w") as archive:
         for writer in TRAIN_WRITERS:
@@ -45,7 +45,7 @@ def write_archives(folder: Path, damage: bytes = b"") -> Path:
             archive.writestr(f"{writer}-c.gnt", member(writer, "一" + CHARACTERS[:-1] + "A") + end)
     with zipfile.ZipFile(folder / "HWDB1.1tst_gnt.zip", "w") as archive:
         for writer in TEST_WRITERS:
-            data = pack_record(b"\xff\xff", bitmap(0, 0)) + member(writer, CHARACTERS)
+            data = pack_record(b"B\0", bitmap(0, 0)) + member(writer, CHARACTERS)
             archive.writestr(f"{writer}-c.gnt", data)
     return folder
 
@@ -75,10 +75,19 @@ def test_manifest_counts_what_went_in(prepared: Path) -> None:
     assert manifest["characters_per_archive"]["HWDB1.1tst_gnt.zip"] == 12
     skipped = {reason: entry["count"] for reason, entry in manifest["skipped"].items()}
     assert skipped == {
-        "not a level-1 character": 12,
-        "unknown tag": 3,
+        "not a level-1 character": 15,
         "class without training characters": 3,
     }
+
+
+def test_an_unknown_tag_stops_or_is_counted(tmp_path: Path) -> None:
+    archives = write_archives(tmp_path / "archives", pack_record(b"\xff\xff", bitmap(0, 0)))
+    place = "HWDB1.1trn_gnt_P1.zip/1012-c.gnt: byte [0-9]+: unknown tag ffff"
+    with pytest.raises(InputError, match=place):
+        prepare([archives], tmp_path / "data")
+    assert not (tmp_path / "data" / "casia_hwdb").exists()
+    manifest = prepare([archives], tmp_path / "data", on_error="skip").manifest
+    assert manifest["skipped"]["unknown tag"]["count"] == 1
 
 
 def test_writers_of_the_splits_are_disjoint(prepared: Path) -> None:

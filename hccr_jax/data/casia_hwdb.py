@@ -216,8 +216,13 @@ def _examples(member: Member, task: _Task, shard: _Shard) -> Iterator[tuple[dict
     for number, record in enumerate(read_member(member, shard.skip if task.skip_faults else None)):
         character = charset.tag_to_character(record.tag)
         num_bytes = gnt.HEADER.size + record.bitmap.size
-        if character is None:
+        if character is None and task.skip_faults:
             shard.skip("unknown tag", num_bytes)
+        elif character is None:
+            raise InputError(
+                f"{member.source}: byte {record.offset}: unknown tag {record.tag.hex()}; "
+                f"--on_error=skip goes on without it"
+            )
         elif character not in charset.class_index():
             shard.skip("not a level-1 character", num_bytes)
         elif character not in task.classes:

@@ -24,7 +24,9 @@ def class_index() -> dict[str, int]:
 
 
 def tag_to_character(tag: bytes) -> str | None:
-    """Returns the character that a GNT tag names, or None where no GBK character has this code.
+    """Returns the character that a GNT tag names, or None where no character has this code.
+
+    GB18030 is read, the superset of GBK that has all symbols that archives hold.
 
     Args:
       tag: the two bytes as they stand in the file, high byte first. One-byte characters (digits,
@@ -34,7 +36,7 @@ def tag_to_character(tag: bytes) -> str | None:
     ['啊', 'A', None]
     """
     try:
-        character = tag.rstrip(b"\0").decode("gbk")
+        character = tag.rstrip(b"\0").decode("gb18030")
     except UnicodeDecodeError:
         return None
     return character if len(character) == 1 else None
