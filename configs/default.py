@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.data.strokes.num_characters = 3755  # the first ones in Unicode order
     config.data.strokes.num_train_writers = 240
     config.data.strokes.num_test_writers = 60
+    config.data.strokes.haste = 1.0  # as hurried as CASIA's writers; less is neater
 
     config.augment = ConfigDict()
     config.augment.flip_left_right_prob = 0.0

@@ -6,13 +6,29 @@ from configs import hwdb100
 
 
 def get_config() -> ConfigDict:
-    """Returns a short run of a narrow MobileNetV2 on simulated writers."""
+    """Returns a short run of a narrow MobileNetV1 on unhurried simulated writers."""
     config = hwdb100.get_config()
-    config.num_epochs = 5.0
-    config.log_every_steps = 20
+    config.num_epochs = 7.0
+    config.batch_size = 64
+    config.model.name = "mobilenet_v1"
     config.model.width = 0.5
+    config.model.dropout_rate = 0.0
     config.data.name = "strokes"
+    config.data.image_px = 48
+    config.data.margin_px = 3
     config.data.strokes.num_characters = 100
-    config.data.strokes.num_train_writers = 110
+    config.data.strokes.num_train_writers = 200
     config.data.strokes.num_test_writers = 30
+    config.data.strokes.haste = 0.5
+    config.augment.rotate_deg = 5.0
+    config.augment.zoom = 0.1
+    config.augment.shear = 0.1
+    config.augment.shift_px = 2.0
+    config.augment.resize_min = 0.9
+    config.augment.resize_max = 1.1
+    config.augment.erase_prob = 0.0
+    config.loss.label_smoothing = 0.0
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_epochs = 0.3
+    config.eval.every_steps = 500
     return config

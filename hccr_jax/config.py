@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "data.strokes.num_characters": Rule(int, 2, 3755),
     "data.strokes.num_train_writers": Rule(int, 2, 100_000),
     "data.strokes.num_test_writers": Rule(int, 1, 100_000),
+    "data.strokes.haste": Rule(float, 0, 1),
     "augment.flip_left_right_prob": _SHARE,
     "augment.flip_up_down_prob": _SHARE,
     "augment.rotate_prob": _SHARE,

@@ -97,7 +97,11 @@ def _build(
 
 
 def prepare_strokes(
-    data_dir: str | Path, num_characters: int, num_train_writers: int, num_test_writers: int
+    data_dir: str | Path,
+    num_characters: int,
+    num_train_writers: int,
+    num_test_writers: int,
+    haste: float,
 ) -> str:
     """Makes the embedded data set of simulated writers, unless it is there.
 
@@ -107,15 +111,18 @@ def prepare_strokes(
       data_dir: folder of all data sets.
       num_characters: how many of the level-1 characters, the first ones in Unicode order.
       num_train_writers, num_test_writers: writers, each of whom writes every character once.
+      haste: of the writers, from 0 to 1 in steps of 0.01: see `handwriting.create_writer`.
 
     Returns:
       The data set's name, which tells these numbers.
     """
-    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t"
+    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * haste:.0f}h"
     if not store.dataset_folder(name, data_dir).exists():
         scratch = Path(data_dir, f"archives.{name}")
         characters = sorted(charset.level1())[:num_characters]
-        strokes.write_gnt_archives(scratch, characters, num_train_writers, num_test_writers)
+        strokes.write_gnt_archives(
+            scratch, characters, num_train_writers, num_test_writers, haste=round(haste, 2)
+        )
         prepare([scratch], data_dir, name)
         shutil.rmtree(scratch)
     return name
