@@ -56,6 +56,7 @@ def make_train_runner(
     labels = rng.integers(0, num_classes, batch_size, dtype=np.int32)
     batch = sharding.put_batch((images, labels), mesh)
     state = create_train_state(params, batch_stats, optimizer)
+    state = jax.device_put(state, sharding.replicated(mesh))
 
     def run(num_steps: int) -> float:
         nonlocal state
