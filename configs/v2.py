@@ -4,8 +4,8 @@
 
 The full set has not been run. On the real subset of 100 characters, with
 --config.batch_size=128 --config.num_steps=0 --config.num_epochs=10, 2 cores (AMD EPYC with AVX-512,
-float32), seed 0, commit c3fe01a: 14 min 26 s; test top-1 71.45 %, top-5 94.27 %; validation top-1 by
-epoch: 5.7 12.0 23.9 35.3 49.2 55.7 58.3 64.5 67.3 67.7, then 69.6 at the end.
+float32), seed 0, commit c3fe01a: 14 min 26 s; test top-1 71.45 %, top-5 94.27 %; validation top-1
+by epoch: 5.7 12.0 23.9 35.3 49.2 55.7 58.3 64.5 67.3 67.7, then 69.6 at the end.
 """
 
 from ml_collections import ConfigDict

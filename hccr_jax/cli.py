@@ -65,7 +65,7 @@ def _check_file(path: str) -> None:
     if not pathlib.Path(path).is_file():
         raise InputError(f"--config={path}: no such file; see configs/ for those that come with it")
     # Configs import one another as `configs.…`, wherever the command is run.
-    sys.path.append(str(pathlib.Path(__file__).parents[1]))
+    sys.path.append(str(pathlib.Path(path).resolve().parents[1]))
     try:
         config = runpy.run_path(path)["get_config"]()
     except Exception as error:  # a config file is a program: it may raise anything
