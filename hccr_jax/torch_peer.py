@@ -5,6 +5,7 @@ Needs the optional extra `peer`.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,8 @@ def create_network(name: str, num_classes: int, width: float, dropout_rate: floa
         current = head
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout_rate)]
     network = nn.Sequential(*layers, *pool, nn.Linear(current, num_classes))
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last: Any = network  # PyTorch's annotation of `to` leaves this use out
+    return channels_last.to(memory_format=torch.channels_last)
 
 
 def make_train_runner(
