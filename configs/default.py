@@ -14,6 +14,10 @@ def get_config() -> ConfigDict:
     config.num_steps = 0
     config.num_epochs = 0.0
     config.batch_size = 256  # over all devices
+    # The batch in so many parts, one after the other, where it does not fit in memory at once; each
+    # part has batch-norm statistics of its own.
+    config.gradient_accumulation_steps = 1
+    config.steps_per_call = 0  # steps in one compiled call; 0: 1 on a CPU, 50 on accelerators
     config.log_every_steps = 50
 
     config.model = ConfigDict()
@@ -29,6 +33,9 @@ def get_config() -> ConfigDict:
     config.data.data_dir = "data"
     config.data.image_px = 64
     config.data.margin_px = 4  # free at each border
+    # The training split is read ahead on the host ("stream") or lies in the memory of every device
+    # ("device"); the batches are the same. "auto": on accelerators where it takes at most half.
+    config.data.placement = "auto"
     config.data.train_split = "train"
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
     config.data.test_split = "test"  # to report on, once
@@ -59,6 +66,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
+    # At another batch size the rate is multiplied by (batch_size / reference)^(0, ½ or 1).
+    config.optimizer.batch_rule = "none"  # or "sqrt" (for Adam), "linear" (for SGD)
+    config.optimizer.reference_batch_size = 256
     config.optimizer.schedule = "exponential"
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.decay_rate = 0.94

@@ -50,6 +50,8 @@ RULES: dict[str, Rule] = {
     "num_steps": Rule(int, 0),
     "num_epochs": Rule(float, 0),
     "batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "steps_per_call": Rule(int, 0, 10_000),
     "log_every_steps": _COUNT,
     "model.name": Rule(str, words=("mobilenet_v1", "mobilenet_v2")),
     "model.width": Rule(float, 0.05, 8),
@@ -61,6 +63,7 @@ RULES: dict[str, Rule] = {
     "data.data_dir": Rule(str),
     "data.image_px": Rule(int, 16, 512),
     "data.margin_px": Rule(int, 0, 255),
+    "data.placement": Rule(str, words=("auto", "stream", "device")),
     "data.train_split": Rule(str),
     "data.validation_split": Rule(str),
     "data.test_split": Rule(str),
@@ -84,6 +87,8 @@ RULES: dict[str, Rule] = {
     "loss.label_smoothing": Rule(float, 0, 0.99),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
     "optimizer.learning_rate": Rule(float, _TINY, 1000),
+    "optimizer.batch_rule": Rule(str, words=("none", "sqrt", "linear")),
+    "optimizer.reference_batch_size": _COUNT,
     "optimizer.schedule": Rule(str, words=("exponential", "cosine", "constant")),
     "optimizer.warmup_epochs": Rule(float, 0),
     "optimizer.decay_rate": Rule(float, _TINY, 1),
@@ -106,6 +111,7 @@ FREE_ON_RESUME = (
     "num_epochs",
     "log_every_steps",
     "data.data_dir",
+    "data.placement",
     "checkpoint.",
     "eval.",
 )
@@ -188,15 +194,17 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     Raises:
       InputError: names the key and the nearest sizes that fit.
     """
-    for key, size in (
-        ("batch_size", config.batch_size),
-        ("eval.batch_size", config.eval.batch_size),
+    parts = config.gradient_accumulation_steps
+    for key, size, unit in (
+        ("batch_size", config.batch_size, num_devices * parts),
+        ("eval.batch_size", config.eval.batch_size, num_devices),
     ):
-        if size % num_devices:
-            below, above = size // num_devices * num_devices, -(-size // num_devices) * num_devices
+        if size % unit:
+            below, above = size // unit * unit, -(-size // unit) * unit
             near = f"{below} or {above}" if below else str(above)
+            times = f" × gradient_accumulation_steps={parts}" if unit > num_devices else ""
             raise InputError(
-                f"config.{key}={size}: must be a multiple of {num_devices}, the number of devices, "
+                f"config.{key}={size}: must be a multiple of {unit}, the number of devices{times}, "
                 f"such as {near}"
             )
 

@@ -15,13 +15,16 @@ from hccr_jax import optim, sharding
 from hccr_jax.augment import make_augment
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
+from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.splits import Split, load_split
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.startup import Timeline
 from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
 from hccr_jax.train_step import (
     Augment,
     make_eval_step,
     make_statistics_step,
+    make_train_call,
     make_train_step,
 )
 
@@ -57,7 +60,8 @@ class Job:
       steps: lengths of everything.
       augment: from `augment.make_augment`.
       schedule: learning rate by step.
-      train_step, statistics_step: from `train_step`; jitted.
+      train_call, statistics_step: from `train_step`; jitted.
+      feed: the batches of its calls.
       initial: the state before the first step.
     """
 
@@ -69,7 +73,8 @@ class Job:
     steps: Steps
     augment: Augment
     schedule: Callable[[Any], Any]
-    train_step: Any
+    train_call: Any
+    feed: Feed
     statistics_step: Callable[..., Any]
     initial: TrainState
 
@@ -87,8 +92,12 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     return Network(mesh, apply, make_eval_step(apply, mesh), params, batch_stats, summary)
 
 
-def create_job(config: ConfigDict) -> Job:
+def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     """Returns everything a training run needs; data sets are put into normal form on first use.
+
+    Args:
+      config: passed by `config.check`.
+      timeline: gets the phases "data" and "network".
 
     Raises:
       InputError: the data or the config's numbers do not fit.
@@ -96,17 +105,19 @@ def create_job(config: ConfigDict) -> Job:
     data, options = config.data, config.optimizer
     names = (data.train_split, data.validation_split, data.test_split)
     train, validation, test = (load(config, name) for name in names)
+    timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
+    factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
     schedule = optim.make_schedule(
         options.schedule,
-        options.learning_rate,
+        options.learning_rate * factor,
         total_steps=steps.total,
         warmup_steps=steps.warmup,
         decay_rate=options.decay_rate,
         decay_steps=steps.decay,
         staircase=options.staircase,
-        end_learning_rate=options.end_learning_rate,
+        end_learning_rate=options.end_learning_rate * factor,
     )
     optimizer = optim.make_optimizer(
         options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
@@ -120,8 +131,14 @@ def create_job(config: ConfigDict) -> Job:
         seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
         batch_norm_momentum=config.model.batch_norm_momentum,
+        accumulation_steps=config.gradient_accumulation_steps,
     )
+    longest = config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
+    placement = choose_placement(data.placement, train, network.mesh)
+    feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
     state = create_train_state(network.params, network.batch_stats, optimizer)
+    state = jax.device_put(state, sharding.replicated(network.mesh))
+    timeline.lap("network")
     return Job(
         config=config,
         network=network,
@@ -131,11 +148,12 @@ def create_job(config: ConfigDict) -> Job:
         steps=steps,
         augment=augment,
         schedule=schedule,
-        train_step=train_step,
+        train_call=make_train_call(train_step, feed.pick, longest),
+        feed=feed,
         statistics_step=make_statistics_step(
             network.apply, augment, network.mesh, seed=config.seed
         ),
-        initial=jax.device_put(state, sharding.replicated(network.mesh)),
+        initial=state,
     )
 
 

@@ -10,10 +10,14 @@ Examples:
 A workdir that holds a checkpoint is resumed. Exit codes: 0 done, 1 the work failed, 2 the request
 or its input was wrong, 143 stopped by SIGTERM after saving.
 """
+# ruff: noqa: E402
 
-import os
 import pathlib
 import sys
+
+from hccr_jax.startup import Timeline, prepare_process
+
+timeline = Timeline()  # the other imports take time: the clock starts before them
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -67,16 +71,15 @@ def main(argv: list[str]) -> int:
             print(f"{__doc__}\nFlags:{values.get_help()}")
             return 0
         logging.set_verbosity(logging.WARNING)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        prepare_process()
         from hccr_jax import train  # slow to import: a wrong flag should be told at once
-        from hccr_jax.ops import native
 
-        native.keep_memory()
+        timeline.lap("imports")
         config, workdir = values.config, pathlib.Path(values.workdir).expanduser()
         if values.mode == "eval":
             train.evaluate_checkpoint(config, workdir, values.checkpoint)
         else:
-            train.train_and_evaluate(config, workdir)
+            train.train_and_evaluate(config, workdir, timeline)
     except InputError as error:
         return cli.report_error(error)
     except FloatingPointError as error:

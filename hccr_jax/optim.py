@@ -8,6 +8,22 @@ import optax
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("exponential", "cosine", "constant")
+BATCH_RULES = ("none", "sqrt", "linear")
+
+
+def batch_factor(rule: str, batch_size: int, reference_batch_size: int) -> float:
+    """Returns what a learning rate found at the reference batch is multiplied by at another.
+
+    Args:
+      rule: "none" (1), "sqrt" (for Adam) or "linear" (for SGD).
+      batch_size, reference_batch_size: of the whole batch.
+
+    Source: linear: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/2205.10287.
+
+    >>> [batch_factor(rule, 1024, 256) for rule in BATCH_RULES]
+    [1.0, 2.0, 4.0]
+    """
+    return (batch_size / reference_batch_size) ** {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[rule]
 
 
 def make_schedule(

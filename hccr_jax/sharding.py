@@ -19,19 +19,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_rows(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array whose first axis is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+def split_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of an array one axis of which is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a pytree of host arrays (B, ...) on the devices, split by rows.
+def put_whole(values: Any, mesh: Mesh) -> Any:
+    """Places a pytree of host arrays, equal in all processes, on every device."""
+    return _put(values, replicated(mesh))
+
+
+def put_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Places a pytree of host arrays on the devices, split by rows.
 
     Args:
       batch: arrays holding this process's rows of the global batch, in order.
       mesh: from `create_mesh`.
+      axis: the axis of the rows.
     """
-    sharding = split_rows(mesh)
+    return _put(batch, split_rows(mesh, axis))
+
+
+def _put(values: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), values
     )

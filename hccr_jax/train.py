@@ -1,6 +1,7 @@
 """The main job: train, evaluate and save."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,13 +18,14 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import plots, report, sharding
 from hccr_jax.checkpoint import Checkpoints, check_classes
-from hccr_jax.data.input_pipeline import gather, process_rows, stream_batches
+from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
 from hccr_jax.job import Job, Network, create_job, create_network, load
 from hccr_jax.metrics import MetricsWriter
+from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
 
@@ -31,7 +33,9 @@ SIGTERM_EXIT = 143
 SHEET_IMAGES = 24
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path, timeline: Timeline | None = None
+) -> dict[str, Any]:
     """Trains a network, evaluating and saving on the way, and evaluates the best step at the end.
 
     A workdir that holds a checkpoint is resumed; a finished one is evaluated again. The workdir
@@ -41,6 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Args:
       config: passed by `config.check`.
       workdir: made where missing.
+      timeline: of the process so far; printed, with what follows, after the first step.
 
     Returns:
       What eval.json holds.
@@ -54,13 +59,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
-    job = create_job(config)
+    timeline = timeline or Timeline()
+    job = create_job(config, timeline)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, workdir / "config.json")
     _write_augmented_sheet(job, workdir)
+    timeline.lap("pictures")
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
     with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
-        _train(job, workdir, checkpoints)
+        train(job, workdir, checkpoints, timeline)
         return _report(config, job.network, job.test, workdir, checkpoints)
 
 
@@ -104,38 +111,42 @@ def evaluate_checkpoint(
         return _report(config, network, split, workdir, checkpoints)
 
 
-def _train(job: Job, workdir: Path, checkpoints: Checkpoints) -> None:
+def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
     """Runs the steps that are left; inside the loop: log, evaluate, save, only then go on."""
-    config, steps, mesh = job.config, job.steps, job.network.mesh
+    config, steps = job.config, job.steps
     state = _restore(job, checkpoints)
-    first = int(state.step)
-    if first >= steps.total:
+    step = int(state.step)
+    if step >= steps.total:
         return
-    train_step = _compile(job, state)
+    every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
+    lengths = list(call_lengths(step, steps.total, job.feed.longest, every))
+    calls = job.feed.calls(step, lengths)
+    head = next(calls)
+    timeline.lap("first batch")
+    train_call = _compile(job, state, head)
+    timeline.lap("compile")
     about = {"classes": list(job.train.classes), "config": config.to_dict()}
-    batches = stream_batches(
-        job.train,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        first_step=first,
-        last_step=steps.total,
-    )
     pending: list[dict[str, jax.Array]] = []
-    with MetricsWriter(workdir, first, steps.total) as writer, _sigterm() as stopped:
-        clock = time.monotonic()
-        for step, batch in enumerate(batches, first + 1):
-            state, metrics = train_step(state, *sharding.put_batch(batch, mesh))
-            pending.append(metrics)
+    with MetricsWriter(workdir, step, steps.total) as writer, _sigterm() as stopped:
+        logged, clock = step, time.monotonic()
+        for call in itertools.chain([head], calls):
+            state, sums = train_call(state, np.int32(call.num_steps), call.arrays)
+            if call is head:
+                jax.block_until_ready(sums)
+                timeline.lap("first call")
+                print(timeline)
+            step += call.num_steps
+            pending.append(sums)
             leaving = stopped()  # asked once: between saving and leaving no step may be lost
             evaluates = step % steps.eval_every == 0 or step == steps.total
             saves = evaluates or leaving or step % config.checkpoint.every_steps == 0
             if saves or step % config.log_every_steps == 0:
-                row = _mean(pending)  # the only place where the host waits for the device
-                images = len(pending) * config.batch_size
-                row["images_per_second"] = images / (time.monotonic() - clock)
+                row = _mean(pending, step - logged)  # the host waits for the devices only here
+                now = time.monotonic()
+                row["images_per_second"] = (step - logged) * config.batch_size / (now - clock)
                 row["learning_rate"] = float(job.schedule(step - 1))
+                pending, logged, clock = [], step, now
                 writer.write(step, row)  # refuses a loss that is not finite, before it is saved
-                pending, clock = [], time.monotonic()
             if saves:
                 scores, statistics = None, state.batch_stats
                 if evaluates:
@@ -167,20 +178,19 @@ def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
     return TrainState(params=items["params"], **items["progress"])
 
 
-def _compile(job: Job, state: TrainState) -> Callable[..., Any]:
-    """Compiles the step ahead of the loop and says what the run is and needs."""
-    config, size = job.config, job.config.data.image_px
-    images = jax.ShapeDtypeStruct((config.batch_size, size, size), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
+    """Compiles the training program ahead of the loop and says what the run is and needs."""
+    config = job.config
     print(job.network.summary)
     print(
         f"{config.model.name}, {len(job.train.classes):,} classes; "
         f"{len(job.train.labels):,} images of {len(set(job.train.writers)):,} writers; "
         f"{job.steps.total:,} steps of {config.batch_size} ({job.steps.per_epoch:,} an epoch) on "
-        f"{job.network.mesh.size} × {jax.devices()[0].device_kind}"
+        f"{job.network.mesh.size} × {jax.devices()[0].device_kind}, "
+        f"{job.feed.longest} a call, data: {job.feed.name}"
     )
     start = time.monotonic()
-    compiled = job.train_step.lower(state, images, labels).compile()
+    compiled = job.train_call.lower(state, np.int32(call.num_steps), call.arrays).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
     print(f"compiled in {time.monotonic() - start:.1f} s; a step needs {needs / 2**20:,.0f} MiB")
@@ -267,10 +277,10 @@ def _check_workdir(workdir: Path) -> None:
         raise InputError(f"--workdir={workdir}: {there}: {reason}; choose another")
 
 
-def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Returns the mean of each metric over some steps."""
-    rows = jax.device_get(metrics)
-    return {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
+    """Returns the mean of each metric over some steps, from the sums of their calls."""
+    rows = jax.device_get(sums)
+    return {f"train/{k}": sum(float(row[k]) for row in rows) / num_steps for k in rows[0]}
 
 
 @contextlib.contextmanager

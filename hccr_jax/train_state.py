@@ -33,7 +33,8 @@ def create_train_state(
 ) -> TrainState:
     """Returns the state before the first step."""
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, batch_stats, optimizer.init(params))
+    # Compiled as one program: leaf by leaf, JAX would compile one for each shape.
+    return TrainState(step, params, batch_stats, jax.jit(optimizer.init)(params))
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:

@@ -61,6 +61,7 @@ def make_train_step(
     seed: int,
     label_smoothing: float = 0.0,
     batch_norm_momentum: float = 0.9997,
+    accumulation_steps: int = 1,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
@@ -72,6 +73,9 @@ def make_train_step(
       seed: of the run; augmentation and dropout are functions of (seed, step, row).
       label_smoothing: of the loss.
       batch_norm_momentum: see `average_statistics`.
+      accumulation_steps: M, parts of the batch that are computed one after the other, so that only
+        one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
+        The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
@@ -79,22 +83,38 @@ def make_train_step(
       `gradient_norm` of the batch.
     """
 
-    def local_step(state, images, labels, augment_keys, dropout_keys):
-        devices = lax.axis_size(DATA_AXIS)
-        inputs = augment(augment_keys, to_float(images))[..., None]
-
-        def loss_fn(params):
-            logits, batch_stats = apply(
-                params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
+    def local_step(state, *rows):
+        def part(index):
+            """Returns a part's share of gradients, metrics and batch statistics on this device."""
+            images, labels, augment_keys, dropout_keys = (
+                array.reshape(-1, accumulation_steps, *array.shape[1:])[:, index] for array in rows
             )
-            # The mean over the whole batch: each device holds its share of it.
-            loss = losses.cross_entropy(logits, labels, label_smoothing).mean() / devices
-            return loss, (logits, batch_stats)
+            inputs = augment(augment_keys, to_float(images))[..., None]
+            share = 1.0 / (lax.axis_size(DATA_AXIS) * accumulation_steps)
 
-        (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        correct = (logits.argmax(-1) == labels).mean(dtype=jnp.float32) / devices
+            def loss_fn(params):
+                logits, batch_stats = apply(
+                    params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
+                )
+                # The mean over the whole batch: each part on each device holds its share of it.
+                loss = losses.cross_entropy(logits, labels, label_smoothing).mean() * share
+                return loss, (logits, batch_stats)
+
+            (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params
+            )
+            correct = (logits.argmax(-1) == labels).mean(dtype=jnp.float32) * share
+            statistics = jax.tree.map(lambda leaf: leaf / accumulation_steps, statistics)
+            return (gradients, loss, correct), statistics
+
+        if accumulation_steps == 1:
+            sums = part(0)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
+            sums = lax.fori_loop(
+                0, accumulation_steps, lambda m, sums: jax.tree.map(jnp.add, sums, part(m)), zeros
+            )
+        (gradients, loss, correct), statistics = sums
         gradients, loss, correct = lax.psum((gradients, loss, correct), DATA_AXIS)
         averages = average_statistics(
             state.batch_stats, statistics, state.step, batch_norm_momentum
@@ -128,6 +148,38 @@ def make_train_step(
         out_shardings=(on_all, on_all),
         donate_argnums=0,
     )
+
+
+def make_train_call(
+    step: Callable[..., Any], pick: Callable[..., Any], longest: int
+) -> Callable[..., Any]:
+    """Returns the jitted function that runs several training steps in one call.
+
+    Args:
+      step: from `make_train_step`.
+      pick: finds a step's batch in the arrays of a call, see `data.input_pipeline.Feed`.
+      longest: most steps of a call; 1 compiles to the bare step, without a loop.
+
+    Returns:
+      call(state, num_steps, arrays) -> (state, sums of the steps' metrics), 1 ≤ num_steps ≤
+      longest and the old state given up. One program for any number of steps, so that a run's bits
+      do not depend on where it was stopped and resumed.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_call(state: TrainState, num_steps: jax.Array, arrays: tuple[jax.Array, ...]):
+        def another(index, carry):
+            state, sums = carry
+            state, metrics = step(state, *pick(arrays, index))
+            return state, jax.tree.map(jnp.add, sums, metrics)
+
+        if longest == 1:
+            return step(state, *pick(arrays, 0))
+        metrics = jax.eval_shape(step, state, *jax.eval_shape(lambda: pick(arrays, 0)))[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+        return lax.fori_loop(0, num_steps, another, (state, zeros))
+
+    return train_call
 
 
 def make_eval_step(

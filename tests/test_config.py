@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import optim
 from hccr_jax.config import RULES, Steps, check, check_devices, check_resume, flatten, resolve
+from hccr_jax.data.input_pipeline import FEEDS
 from hccr_jax.errors import InputError
 from hccr_jax.models.registry import MODELS
 
@@ -57,6 +58,8 @@ def test_names_are_those_that_can_be_built() -> None:
     assert set(RULES["model.name"].words) == set(MODELS)
     assert set(RULES["optimizer.name"].words) == set(optim.OPTIMIZERS)
     assert set(RULES["optimizer.schedule"].words) == set(optim.SCHEDULES)
+    assert set(RULES["optimizer.batch_rule"].words) == set(optim.BATCH_RULES)
+    assert set(RULES["data.placement"].words) == {"auto", *FEEDS}
 
 
 def test_the_papers_step_counts() -> None:

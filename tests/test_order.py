@@ -1,10 +1,21 @@
 """The order of the records is a function of the seed and the step, and of nothing else."""
 
+import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hccr_jax.data.input_pipeline import gather, stream_batches
-from hccr_jax.data.order import batch_rows
+from hccr_jax import sharding
+from hccr_jax.data.input_pipeline import (
+    FEEDS,
+    Feed,
+    call_lengths,
+    choose_placement,
+    gather,
+    stream_batches,
+)
+from hccr_jax.data.order import batch_rows, permutation, threefry_2x32
 from hccr_jax.data.splits import Split
 
 
@@ -40,34 +51,41 @@ def test_epochs_and_seeds_differ() -> None:
     assert (epochs[0] == np.arange(1000)).sum() < 8
 
 
-def philox_4x64(key: tuple[int, int], count: int, first: int = 1) -> list[int]:
-    """Returns `count` numbers of Philox4x64-10, its counter at `first` (NumPy starts at 1) and on.
+# Random123, tests/kat_vectors, lines "threefry2x32 20": counter, key and result.
+@pytest.mark.parametrize(
+    ("counter", "key", "published"),
+    [
+        ("00000000 00000000", "00000000 00000000", "6b200159 99ba4efe"),
+        ("ffffffff ffffffff", "ffffffff ffffffff", "1cb996fc bb002be7"),
+        ("243f6a88 85a308d3", "13198a2e 03707344", "c4923a9c 483df7a0"),
+    ],
+)
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_threefry_gives_the_published_numbers(xp, counter, key, published) -> None:
+    def words(text: str) -> tuple:
+        return tuple(xp.asarray([int(word, 16)], dtype=xp.uint32) for word in text.split())
 
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
-    """
-    mask, numbers = 2**64 - 1, list[int]()
-    for counter in range(first, first - (-count // 4)):
-        (x0, x1, x2, x3), (k0, k1) = (counter, 0, 0, 0), key
-        for _ in range(10):
-            left, right = 0xD2E7470EE14C6C93 * x0, 0xCA5A826395121157 * x2
-            x0, x1 = (right >> 64) ^ x1 ^ k0, right & mask
-            x2, x3 = (left >> 64) ^ x3 ^ k1, left & mask
-            k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
-        numbers += [x0, x1, x2, x3]
-    return numbers[:count]
-
-
-def test_philox_written_anew_gives_the_published_numbers() -> None:
-    # Random123, tests/kat_vectors, line "philox4x64 10" with counter and key zero.
-    published = "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"
-    assert " ".join(f"{x:016x}" for x in philox_4x64((0, 0), 4, first=0)) == published
+    numbers = threefry_2x32(words(key), words(counter))
+    assert " ".join(f"{int(x[0]):08x}" for x in numbers) == published
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 3), (2**31 - 1, 45)])
-def test_an_epoch_is_the_order_of_its_philox_numbers(seed: int, epoch: int) -> None:
-    numbers = philox_4x64((seed, epoch), 50)
-    expected = sorted(range(50), key=numbers.__getitem__)
-    assert batch_rows(seed, epoch, 50, 50).tolist() == expected
+@pytest.mark.parametrize("count", [1, 50, 51])
+def test_an_epoch_is_the_order_of_its_random_numbers(seed: int, epoch: int, count: int) -> None:
+    # JAX's own generator is the same Threefry; its first numbers by another way.
+    half = (count + 1) // 2
+    key = jnp.array([seed, epoch], jnp.uint32)
+    counters = jnp.concatenate([jnp.arange(half, dtype=jnp.uint32), jnp.zeros(half, jnp.uint32)])
+    numbers = jax.extend.random.threefry_2x32(key, counters)[:count].tolist()
+    expected = sorted(range(count), key=numbers.__getitem__)
+    assert batch_rows(seed, epoch, count, count).tolist() == expected
+
+
+def test_the_order_is_the_same_on_host_and_device() -> None:
+    on_device = jax.jit(lambda seed, epoch: permutation(jnp, seed, epoch, 897_758))
+    ours = on_device(np.uint32(3), np.uint32(45))
+    np.testing.assert_array_equal(ours, permutation(np, 3, 45, 897_758))
+    assert ours.dtype == np.int32
 
 
 def a_split(count: int) -> Split:
@@ -93,3 +111,50 @@ def test_a_stream_yields_the_records_of_its_steps(first_step: int) -> None:
         np.testing.assert_array_equal(batch.images, expected.images)
         np.testing.assert_array_equal(batch.labels, expected.labels)
         assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int32)
+
+
+def batches_of(feed: Feed, first_step: int, lengths: list[int]) -> list[tuple]:
+    """Returns images and labels of every step, as the training program would pick them."""
+    pick = jax.jit(feed.pick)
+    return [
+        tuple(map(np.asarray, pick(call.arrays, np.int32(index))))
+        for call in feed.calls(first_step, lengths)
+        for index in range(call.num_steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first_step", "longest", "lengths"),
+    [(0, 1, [1, 1, 1]), (5, 3, [3, 1, 3, 2]), (2, 20, [20, 7]), (6, 4, [4])],
+    ids=str,
+)
+@pytest.mark.parametrize("placement", ["stream", "device"])
+def test_both_placements_give_the_batches_of_the_order(
+    placement: str, first_step: int, longest: int, lengths: list[int]
+) -> None:
+    # 50 records in batches of 8: most epochs end inside a batch, and 20 steps hold three epochs.
+    split, mesh = a_split(50), sharding.create_mesh()
+    feed = FEEDS[placement](split, mesh, 5, 8, longest)
+    batches = batches_of(feed, first_step, lengths)
+    assert len(batches) == sum(lengths)
+    for step, (images, labels) in enumerate(batches, first_step):
+        expected = gather(split, batch_rows(5, step, 8, 50))
+        np.testing.assert_array_equal(images, expected.images)
+        np.testing.assert_array_equal(labels, expected.labels)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+def test_calls_end_where_something_is_due() -> None:
+    lengths = list(call_lengths(3, 100, 16, [10, 25]))
+    ends = set(np.cumsum([3, *lengths]).tolist())
+    assert {*range(10, 101, 10), *range(25, 101, 25)} <= ends
+    assert max(lengths) <= 16
+    assert sum(lengths) == 97
+
+
+def test_auto_streams_on_a_cpu() -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("a CPU's rule")
+    split, mesh = a_split(10), sharding.create_mesh()
+    assert choose_placement("auto", split, mesh) == "stream"
+    assert choose_placement("device", split, mesh) == "device"

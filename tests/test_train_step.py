@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from hccr_jax.losses import cross_entropy
 from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual
-from hccr_jax.models.registry import split_model
+from hccr_jax.models.registry import create_model, split_model
 from hccr_jax.optim import make_optimizer
 from hccr_jax.sharding import DATA_AXIS, replicated
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, create_train_state
@@ -20,6 +20,7 @@ from hccr_jax.train_step import (
     average_statistics,
     make_eval_step,
     make_statistics_step,
+    make_train_call,
     make_train_step,
     row_keys,
     to_float,
@@ -206,6 +207,74 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), stream), count)
             expected = [float(jax.random.uniform(jax.random.fold_in(key, row))) for row in range(8)]
             np.testing.assert_allclose(state.batch_stats[name], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_accumulation_averages_the_gradients_of_its_parts(devices):
+    images, labels = make_batch(16)
+    apply, params, batch_stats = make_small_network()
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def plain(params, images, labels):
+        logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
+        return cross_entropy(logits, labels).mean(), statistics
+
+    # Part m of four is every fourth row from row m on, however many devices share it.
+    parts = [plain(params, images[m::4], labels[m::4]) for m in range(4)]
+    (loss, statistics), gradients = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *parts)
+    optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
+    step = make_train_step(
+        apply, optimizer, as_they_are, mesh_of(devices), seed=0, accumulation_steps=4
+    )
+    state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(devices)), images, labels)
+    assert_near(metrics["loss"], loss)
+    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats, statistics)
+
+
+def test_a_call_is_its_steps_in_turn_whatever_its_length(descent):
+    """Bit for bit: a run that was stopped may go on in calls of other lengths."""
+    (_, params, batch_stats), optimizer, step = descent
+    batches = [make_batch(16, seed) for seed in range(5)]
+    arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
+    call = make_train_call(step, lambda arrays, index: tuple(a[index] for a in arrays), longest=5)
+
+    def run(lengths):
+        state, sums, done = fresh(params, batch_stats, optimizer, mesh_of(4)), [], 0
+        for count in lengths:
+            later = tuple(np.roll(array, -done, axis=0) for array in arrays)
+            state, metrics = call(state, np.int32(count), later)
+            sums, done = [*sums, metrics], done + count
+        return state, sums
+
+    whole, (of_five,) = run([5])
+    for lengths in ([1, 1, 1, 1, 1], [2, 3]):
+        parts, sums = run(lengths)
+        jax.tree.map(np.testing.assert_array_equal, parts, whole)
+        assert_near(jax.tree.map(lambda *leaves: np.sum(leaves, 0), *sums), of_five)
+    state = fresh(params, batch_stats, optimizer, mesh_of(4))
+    for batch in batches:
+        state, _ = step(state, *batch)
+    assert_near(whole, state)
+    assert whole.step == 5
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_no_convolution_stands_in_the_loop_on_a_cpu(name):
+    """XLA's CPU convolutions are ten to a hundred times slower inside a loop."""
+    apply, params, batch_stats = split_model(
+        create_model(name, num_classes=3, width=0.25, rngs=nnx.Rngs(0))
+    )
+    optimizer = make_optimizer("adam", lambda step: 0.1)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(1), seed=0)
+    state = jax.eval_shape(lambda: create_train_state(params, batch_stats, optimizer))
+    images = jax.ShapeDtypeStruct((2, 4, 32, 32), np.uint8)
+    labels = jax.ShapeDtypeStruct((2, 4), np.int32)
+    call = make_train_call(step, lambda arrays, k: tuple(a[k] for a in arrays), longest=2)
+    program = call.lower(state, np.int32(1), (images, labels)).as_text()
+    assert "while" in program
+    assert "convolution" not in program
 
 
 def test_the_loss_falls_on_a_fixed_batch(descent):

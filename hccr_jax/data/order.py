@@ -1,12 +1,14 @@
 """Which records a training step sees: a pure function of the seed and the step."""
 
 import functools
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 
 def batch_rows(seed: int, step: int, batch_size: int, num_records: int) -> np.ndarray:
-    """Returns the record numbers of one step's global batch, int64 (batch_size,).
+    """Returns the record numbers of one step's global batch, int32 (batch_size,).
 
     Epochs follow one another without a gap: the steps walk through a fresh permutation of all
     records for each epoch, and a batch may hold the end of one and the start of the next.
@@ -21,18 +23,53 @@ def batch_rows(seed: int, step: int, batch_size: int, num_records: int) -> np.nd
     >>> sorted(epoch.tolist()) == list(range(10))
     True
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    epochs, places = np.divmod(positions, num_records)
-    rows = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = _permutation(seed, int(epoch), num_records)[places[here]]
-    return rows
+    parts, position, end = [], step * batch_size, (step + 1) * batch_size
+    while position < end:
+        epoch, place = divmod(position, num_records)
+        part = _permutation(seed, epoch, num_records)[place : place + end - position]
+        parts.append(part)
+        position += len(part)
+    return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_records: int) -> np.ndarray:
-    # Sorting the raw bits of a counter-based generator: NumPy promises these never to change, but
-    # not the output of Generator.permutation.
-    bits = np.random.Philox(key=[seed, epoch]).random_raw(num_records)
-    return np.argsort(bits, kind="stable")
+    return permutation(np, seed, epoch, num_records)
+
+
+def permutation(xp: ModuleType, seed: Any, epoch: Any, num_records: int) -> Any:
+    """Returns an epoch's order of the records, int32 (num_records,).
+
+    Args:
+      xp: the array library, NumPy or jax.numpy: the order is the same.
+      seed, epoch: below 2³²; the epoch may be a traced scalar.
+      num_records: in the split.
+    """
+    half = xp.arange((num_records + 1) // 2, dtype=xp.uint32)
+    # Arrays of one element: NumPy warns where scalars overflow, as they do here by design.
+    key = [xp.asarray(word, dtype=xp.uint32).reshape(1) for word in (seed, epoch)]
+    bits = xp.concatenate(threefry_2x32((key[0], key[1]), (half, xp.zeros_like(half))))
+    return xp.argsort(bits[:num_records], stable=True).astype(xp.int32)
+
+
+def threefry_2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Returns two random words, uint32, for each pair of counters: Threefry-2x32 of 20 rounds.
+
+    Written out here, because host and device are to draw the same numbers from it, whatever
+    generators their libraries come with.
+
+    Args:
+      key: two uint32 arrays (1,) of NumPy or JAX.
+      counter: two uint32 arrays (N,) of the same library.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.4.
+    """
+    keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+    x, y = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = x ^ (y << turn | y >> (32 - turn))
+        x = x + keys[(group + 1) % 3]
+        y = y + (keys[(group + 2) % 3] + (group + 1))
+    return x, y
