@@ -13,6 +13,8 @@ from hccr_jax import sharding
 from hccr_jax.data.input_pipeline import gather, process_rows
 from hccr_jax.data.splits import Split
 
+BATCHES_AHEAD = 3  # in the devices' memory, waiting
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -59,11 +61,13 @@ def evaluate(
       mesh: from `sharding.create_mesh`.
     """
     count, mine = len(split.labels), process_rows(batch_size)
-    parts = []
+    parts: list[Any] = []
     for start in tqdm(range(0, count, batch_size), "evaluating", leave=False, unit="batch"):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         batch = sharding.put_batch(gather(split, rows[mine]), mesh)
-        results = jax.device_get(eval_step(params, batch_stats, *batch))
-        parts.append([part[: count - start] for part in results])
-    losses, candidates, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts.append(eval_step(params, batch_stats, *batch))
+        if len(parts) > BATCHES_AHEAD:  # not sooner: reading is to go on while devices compute
+            jax.block_until_ready(parts[-1 - BATCHES_AHEAD])
+    whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
+    losses, candidates, probabilities = (part[:count] for part in whole)
     return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))

@@ -176,6 +176,11 @@ def test_batches_must_split_evenly_over_the_devices() -> None:
         check_devices(changed("v2", batch_size=2), 4)
     with pytest.raises(InputError, match=r"config\.eval\.batch_size=10: .* such as 8 or 12"):
         check_devices(changed("v2", eval__batch_size=10), 4)
+    check_devices(changed("v2", gradient_accumulation_steps=8), 32)
+    with pytest.raises(
+        InputError, match="multiple of 12, the number of devices × gradient_accumulation_steps=3"
+    ):
+        check_devices(changed("v2", gradient_accumulation_steps=3), 4)
 
 
 def test_resume_compares_with_the_saved_config(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from PIL import Image
 
 from hccr_jax import main
 from hccr_jax.data.splits import load_split
+from hccr_jax.job import create_job
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.models.registry import create_model, split_model
+from hccr_jax.startup import Timeline
 from hccr_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +127,12 @@ def test_logged_learning_rate_is_the_schedules(finished: Path) -> None:
     # Decay by 0.94 every int(88 / 8 · 0.2) = 2 steps, in stairs; a row tells the rate of its step.
     rates = [row["learning_rate"] for row in rows(finished) if "learning_rate" in row]
     np.testing.assert_allclose(rates, [1e-3 * 0.94 ** (s // 2) for s in range(8)], rtol=1e-6)
+
+
+def test_the_batch_rule_scales_the_learning_rate(tiny_job: list[str]) -> None:
+    rule = ["--config.optimizer.batch_rule=sqrt", "--config.optimizer.reference_batch_size=2"]
+    job = create_job(main.parse(["main", *tiny_job, *rule]).config, Timeline())
+    assert float(job.schedule(0)) == pytest.approx(1e-3 * np.sqrt(8 / 2))
 
 
 def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:

@@ -1,0 +1,60 @@
+"""What is set before JAX starts, and what a run says about its start."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hccr_jax.startup import Timeline
+
+PROGRAM = """
+import os, pathlib
+from hccr_jax import startup
+startup.XLA_FLAGS = ("--xla_cpu_enable_fast_math=false",)
+startup.prepare_process()
+import jax, jax.numpy as jnp
+jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
+print(jax.config.jax_compilation_cache_dir)
+print(os.environ["XLA_FLAGS"])
+"""
+
+
+def run(**variables: str) -> list[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def programs(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*-cache")}
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
+    folder, _ = run(XDG_CACHE_HOME=str(tmp_path))
+    assert Path(folder).is_relative_to(tmp_path)
+    first = programs(tmp_path)
+    assert first
+    run(XDG_CACHE_HOME=str(tmp_path))
+    assert programs(tmp_path) == first, "the second process compiled something anew"
+
+
+def test_the_users_settings_have_the_last_word(tmp_path: Path) -> None:
+    own = "--xla_cpu_enable_fast_math=true"
+    folder, flags = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path), XLA_FLAGS=own)
+    assert folder == str(tmp_path)
+    assert flags == f"--xla_cpu_enable_fast_math=false {own}"
+
+
+def test_a_phase_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 11.5, 14.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    timeline = Timeline()
+    timeline.lap("imports")
+    timeline.lap("compile")
+    assert str(timeline) == "first step done after 4.0 s: imports 1.5 s, compile 2.5 s"
