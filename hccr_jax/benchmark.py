@@ -1,153 +1,349 @@
-"""Times the training step: one JSON line a row.
+"""Times training and what belongs to it: one JSON line a row.
 
 Examples:
 
   python -m hccr_jax.benchmark --config=configs/v2.py --batch_size=128
-  python -m hccr_jax.benchmark --config=configs/v2.py --batch_size=128 --peer=torch
+  python -m hccr_jax.benchmark --config=configs/v2.py --rows=train_step,forward --peer=torch
+  python -m hccr_jax.benchmark --config=configs/v2.py --suite=gpu --output=gpu.json
+  python -m hccr_jax.benchmark --config=configs/v2.py --suite=scaling --output=scaling.json
+  python -m hccr_jax.benchmark --config=configs/v2.py --suite=forms --output=forms.json
+  python -m hccr_jax.benchmark --render=gpu.json,scaling.json
 
-With --peer=torch (pip install 'hccr_jax[peer]') PyTorch's eager, channels-last step on the same
-network is timed in turn with ours, so that a drift of the machine's speed hits both; "ratio" is the
-median over the pairs.
+Rows: train_step, train_step_augmented, forward, augment, train_loop, evaluation, data_reading,
+prepare. What does not fit into the device's memory gets a row that says so.
+
+With --peer=torch (pip install 'hccr_jax[peer]') PyTorch does the same work in turn with ours, in
+one process, so that a drift of the machine's speed hits both: eager, under torch.compile, and on a
+GPU in one CUDA graph. The fastest of these is the row's "peer"; "ratio" is how much faster ours is,
+the median over pairs.
+
+--suite=cpu and --suite=gpu are all rows and the peer at batch 128, and at 256, 1,024 and 4,096;
+--suite=scaling varies batch size, image size, width and classes of the training step; --suite=forms
+times each kind of depthwise layer in every form it can take, and the library chooses by what lies
+in hccr_jax/ops/measured/. A suite ends with a table on stderr. --render prints such tables as
+Markdown from what --output wrote, and draws scaling.png beside the first file.
+
+The roofline is the limit that the memory bandwidth and the matrix units of this device, measured in
+the same run, set to a step whose batch norm and ReLU6 are fused into their neighbours
+(`hccr_jax/bench/roofline.py`).
 """
 
+import functools
+import gc
 import json
+import math
+import os
 import platform
-import statistics
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from hccr_jax import cli, optim, sharding
+from hccr_jax import cli, sharding
+from hccr_jax.bench import roofline, tables
+from hccr_jax.bench.data import SyntheticData
+from hccr_jax.bench.forms import depthwise_layers, time_forms
+from hccr_jax.bench.rows import Row, reason, spread, time_in_turn
+from hccr_jax.bench.timing import Workload
+from hccr_jax.bench.workloads import ROWS, Workloads
+from hccr_jax.data import charset
+from hccr_jax.data.workers import cpu_count
 from hccr_jax.errors import InputError
-from hccr_jax.models.registry import count_parameters, create_model, split_model
-from hccr_jax.ops import native
-from hccr_jax.train_state import create_train_state
-from hccr_jax.train_step import make_train_step
+from hccr_jax.job import compute_dtype
+from hccr_jax.models.registry import create_model
+from hccr_jax.startup import prepare_process
 
-
-def make_train_runner(
-    config: ConfigDict, batch_size: int, num_classes: int
-) -> tuple[Callable[[int], float], int]:
-    """Returns run(num_steps) -> seconds of training on random images, and the parameter count."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = create_model(
-        config.model.name,
-        num_classes=num_classes,
-        width=config.model.width,
-        dropout_rate=config.model.dropout_rate,
-        dtype=dtype,
-        rngs=nnx.Rngs(0),
-    )
-    apply, params, batch_stats = split_model(model)
-    optimizer = optim.make_optimizer("adam", optim.make_schedule("constant", 1e-3, total_steps=1))
-    mesh = sharding.create_mesh()
-    step = make_train_step(apply, optimizer, lambda keys, images: images, mesh, seed=0)
-    rng = np.random.default_rng(0)
-    size = config.data.image_px
-    images = rng.integers(0, 256, (batch_size, size, size), dtype=np.uint8)
-    labels = rng.integers(0, num_classes, batch_size, dtype=np.int32)
-    batch = sharding.put_batch((images, labels), mesh)
-    state = create_train_state(params, batch_stats, optimizer)
-    state = jax.device_put(state, sharding.replicated(mesh))
-
-    def run(num_steps: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            state, metrics = step(state, *batch)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - start
-
-    return run, count_parameters(params)
-
-
-def measure(
-    runners: dict[str, Callable[[int], float]], batch_size: int, num_steps: int, repeats: int
-) -> dict[str, list[float]]:
-    """Returns images a second of each runner, one figure a repeat, the runners taking turns."""
-    for run in runners.values():
-        run(2)
-    rates: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(repeats):
-        for name, run in runners.items():
-            rates[name].append(num_steps * batch_size / run(num_steps))
-    return rates
-
-
-def row(name: str, rates: list[float], parameters: int, **more: Any) -> dict[str, Any]:
-    """Returns one row of the benchmark."""
-    return {
-        "row": name,
-        "images_per_second": round(statistics.median(rates), 1),
-        "min": round(min(rates), 1),
-        "max": round(max(rates), 1),
-        "repeats": len(rates),
-        "parameters": parameters,
-        **more,
-    }
+PEER_ROWS = ("train_step", "train_step_augmented", "forward", "augment")
+SUITES = ("gpu", "cpu", "scaling", "forms")
+GPU_SUITE_SECONDS = 420.0  # a row that has begun may take a minute more
+SCALING = {"image_px": (64, 96, 112), "width": (0.5, 1.0, 1.4), "num_classes": (100, 3755, 7000)}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line and returns its exit code: 0 done, 2 wrong request."""
-    own = cli.define_config_flags()
-    flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1, flag_values=own)
-    flags.DEFINE_integer("num_classes", 100, "Characters.", lower_bound=2, flag_values=own)
-    flags.DEFINE_integer("num_steps", 5, "Steps a repeat.", lower_bound=1, flag_values=own)
-    flags.DEFINE_integer("repeats", 7, "Repeats.", lower_bound=1, flag_values=own)
-    flags.DEFINE_enum("peer", None, ["torch"], "What to time beside ours.", flag_values=own)
+    render = [argument.partition("=")[2] for argument in argv if argument.startswith("--render=")]
+    own = _define_flags()
     try:
+        if render:
+            print(_render([Path(path) for path in render[0].split(",")]))
+            return 0
         cli.parse(own, argv)
         if own.help:
             print(f"{__doc__}\nFlags:{own.get_help()}")
             return 0
-        return _run(own)
+        _run(own)
     except InputError as error:
         return cli.report_error(error)
-
-
-def _run(values: flags.FlagValues) -> int:
-    native.keep_memory()
-    config, batch_size, model = values.config, values.batch_size, values.config.model
-    ours, parameters = make_train_runner(config, batch_size, values.num_classes)
-    runners, counts = {"train_step": ours}, {"train_step": parameters}
-    if values.peer:
-        try:
-            from hccr_jax import torch_peer
-        except ImportError as error:
-            raise InputError("--peer=torch needs PyTorch: pip install 'hccr_jax[peer]'") from error
-        runners["train_step/torch_eager"], counts["train_step/torch_eager"] = (
-            torch_peer.make_train_runner(
-                model.name,
-                values.num_classes,
-                model.width,
-                model.dropout_rate,
-                batch_size,
-                config.data.image_px,
-            )
-        )
-    rates = measure(runners, batch_size, values.num_steps, values.repeats)
-    about = {
-        "model": model.name,
-        "batch_size": batch_size,
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-    }
-    for name, figures in rates.items():
-        more: dict[str, Any] = dict(about)
-        if name != "train_step":
-            pairs = zip(rates["train_step"], figures, strict=True)
-            more["ratio"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 2)
-        print(json.dumps(row(name, figures, counts[name], **more), ensure_ascii=False))
     return 0
+
+
+def _define_flags() -> flags.FlagValues:
+    own = cli.define_config_flags()
+    flags.DEFINE_list(
+        "batch_size", None, "Images a step, one or several, such as 256,1024; the config's or the "
+        "suite's where not given.", flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "num_classes", None, "Characters; the config's data.strokes.num_characters where not "
+        "given.", lower_bound=2, flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_list("rows", None, "What to time; all rows where not given.", flag_values=own)
+    flags.DEFINE_float(
+        "seconds", None, "A repeat lasts; 1 on a CPU and 0.3 on accelerators where not given.",
+        lower_bound=0.0, flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_integer("repeats", 5, "Repeats of each row.", lower_bound=1, flag_values=own)
+    flags.DEFINE_enum("peer", None, ["torch"], "What to time beside ours.", flag_values=own)
+    flags.DEFINE_list("rungs", None, "eager, compile, graph; all where not given.", flag_values=own)
+    flags.DEFINE_enum("suite", None, SUITES, "Rows, sizes and peer of a report.", flag_values=own)
+    flags.DEFINE_integer(
+        "num_images", None, "Characters of the data set made up for the rows that read data; "
+        "20,000 or two batches where not given.", lower_bound=1, flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_string("output", None, "Write all rows to this JSON file.", flag_values=own)
+    flags.DEFINE_string("render", None, "Files to print as tables.", flag_values=own)
+    return own
+
+
+def _run(values: flags.FlagValues) -> None:
+    """Checks the request, then prints each row as it comes."""
+    scaling, output = values.suite == "scaling", values.output and Path(values.output)
+    names = values.rows or (["train_step"] if scaling else ROWS)
+    _check_choice("rows", names, PEER_ROWS if scaling else ROWS)
+    if set(names) - set(PEER_ROWS) and _num_classes(values) > len(charset.level1()):
+        raise InputError(
+            f"--num_classes={values.num_classes}: the rows that read data have at most "
+            f"{len(charset.level1())}; choose others with --rows"
+        )
+    if output and not output.absolute().parent.is_dir():
+        raise InputError(f"--output={output}: there is no folder {output.parent}")
+    torch_peer = _import_peer() if values.peer or values.suite in ("gpu", "cpu") else None
+    if torch_peer:
+        _check_choice("rungs", values.rungs or (), torch_peer.RUNGS)
+        # Or JAX would take most of a GPU's memory for itself as it starts.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    prepare_process()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds tells the first time
+    if torch_peer and jax.device_count() > 1 and jax.default_backend() != "cpu":
+        raise InputError("--peer=torch compares on one device: let JAX see one only")
+    sizes = _batch_sizes(values)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="hccr_benchmark_") as folder:
+        num_images = values.num_images or max(20_000, 2 * max(sizes))
+        data = SyntheticData(Path(folder), _num_classes(values), num_images)
+        for row in _measure(values, _points(values, sizes), names, data, torch_peer):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            rows.append(row)
+            if output:
+                _write(output, {"suite": values.suite, "rows": rows})
+    if values.suite:
+        print(tables.to_markdown(rows), file=sys.stderr)
+
+
+def _measure(
+    values: flags.FlagValues, points: Sequence[Row], names: Sequence[str], data: SyntheticData,
+    torch_peer: Any,
+) -> Iterator[Row]:  # fmt: skip
+    """Yields the rows of each set-up, ours and the peer's."""
+    seconds = values.seconds or (1.0 if jax.default_backend() == "cpu" else 0.3)
+    deadline = time.monotonic() + (GPU_SUITE_SECONDS if values.suite == "gpu" else math.inf)
+    _say("the device: a copy and a matrix product")
+    dtype = compute_dtype(values.config)
+    speeds = roofline.measure_speeds(sharding.create_mesh(), dtype, seconds)
+    common = {"model": values.config.model.name, "dtype": str(dtype)} | _surroundings()
+    common["copy_gigabytes_per_second"] = round(speeds.bandwidth / 1e9, 1)
+    common["product_teraflops"] = round(speeds.operations / 1e12, 3)
+    if torch_peer:
+        common["versions"]["torch"] = torch_peer.torch.__version__
+    if values.suite == "forms":
+        yield from _time_forms(values, points[0], common, seconds)
+        return
+    for point in points:
+        config, batch_size = values.config.copy_and_resolve_references(), point["batch_size"]
+        config.data.image_px, config.model.width = point["image_px"], point["width"]
+        workloads = Workloads(
+            config, batch_size, point["num_classes"], speeds, data, seconds, values.repeats
+        )
+        about = {key: point[key] for key in tables.VARIED}
+        more = {"about": about | {"parameters": workloads.parameters} | common}
+        if "varied" in point:
+            more["varied"] = point["varied"]
+        peer = _create_peer(torch_peer, config, workloads) if torch_peer else None
+        for name in names:
+            if name == "prepare" and point is not points[0]:
+                continue  # it knows no batches: once is enough
+            _say(", ".join([name, *(f"{key} {value}" for key, value in about.items())]))
+            makers = {name: getattr(workloads, name)}
+            if peer and name in PEER_ROWS:
+                for rung in values.rungs or torch_peer.RUNGS:
+                    theirs = functools.partial(_theirs, peer, name, rung, batch_size)
+                    makers[f"{name}/torch_{rung}"] = theirs
+            for row in time_in_turn(
+                makers,
+                batch_size=batch_size,
+                seconds=seconds,
+                repeats=values.repeats,
+                deadline=deadline,
+            ):
+                yield row | more
+            gc.collect()  # whatever still holds memory of the device
+            if peer:
+                peer.release_memory()
+
+
+def _time_forms(values: flags.FlagValues, point: Row, common: Row, seconds: float) -> Iterator[Row]:
+    """Yields a row for each form of each kind of depthwise layer."""
+    width, size = point["width"], point["batch_size"]
+    model = create_model(common["model"], num_classes=2, width=width, rngs=nnx.Rngs(0))
+    dtype = compute_dtype(values.config)
+    for layer in depthwise_layers(model, point["image_px"]):
+        _say("depthwise {}×{}×{}, stride {}".format(*layer))
+        about = {"layer": layer, "device_kind": jax.devices()[0].device_kind, "batch_size": size}
+        for form, rates in time_forms(layer, dtype, size, seconds, values.repeats):
+            figures = {"error": reason(rates)} if isinstance(rates, Exception) else spread(rates)
+            yield {"row": f"depthwise/{form}", **figures, "about": about | common}
+
+
+def _create_peer(torch_peer: Any, config: ConfigDict, workloads: Workloads) -> Any:
+    """Returns the PyTorch baseline of the same network, images and augmentation."""
+    peer = torch_peer.Peer(
+        config.model.name,
+        workloads.num_classes,
+        config.model.width,
+        config.model.dropout_rate,
+        workloads.batch_size,
+        config.data.image_px,
+        2 * workloads.batch_size,
+        config.augment.to_dict(),
+    )
+    if peer.parameters != workloads.parameters:
+        raise ValueError(f"{workloads.parameters} parameters, in PyTorch {peer.parameters}")
+    return peer
+
+
+def _theirs(peer: Any, name: str, rung: str, batch_size: int) -> Workload:
+    """Returns a rung of the peer, its compilation done."""
+    start = time.perf_counter()
+    run = peer.make_run(name, rung)
+    run(1)
+    seconds = None if rung == "eager" else time.perf_counter() - start
+    return Workload(run, batch_size, seconds, peer.memory_mib())
+
+
+def _points(values: flags.FlagValues, sizes: Sequence[int]) -> list[Row]:
+    """Returns the set-ups to measure in, and in each what is varied, if one thing is."""
+    base = {
+        "image_px": values.config.data.image_px,
+        "width": values.config.model.width,
+        "num_classes": _num_classes(values),
+    }
+    points = [base | {"batch_size": size} for size in sizes]
+    if values.suite != "scaling":
+        return points
+    middle = points[len(points) // 2]
+    return [
+        middle | {key: choice, "varied": key}
+        for key, choices in {"batch_size": sizes, **SCALING}.items()
+        for choice in choices
+    ]
+
+
+def _num_classes(values: flags.FlagValues) -> int:
+    return values.num_classes or values.config.data.strokes.num_characters
+
+
+def _batch_sizes(values: flags.FlagValues) -> list[int]:
+    """Returns the batch sizes that the flag, the suite or the config asks for."""
+    if values.batch_size is None:
+        exponents = range(4, 10) if jax.default_backend() == "cpu" else range(6, 14)
+        return {
+            "gpu": [1024, 256, 4096],  # the most telling first, in case time runs out
+            "cpu": [128],
+            "scaling": [2**exponent for exponent in exponents],
+            "forms": [128 if jax.default_backend() == "cpu" else 1024],
+            None: [values.config.batch_size],
+        }[values.suite]
+    devices = jax.device_count()
+    for text in values.batch_size:
+        if not text.isdecimal() or int(text) < 1 or int(text) % devices:
+            what = f"a multiple of {devices}, the number of devices" if devices > 1 else "positive"
+            raise InputError(f"--batch_size={text}: must be {what}")
+    return [int(text) for text in values.batch_size]
+
+
+def _check_choice(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(f"--{flag}={name}: choose from {', '.join(known)}")
+
+
+def _import_peer() -> Any:
+    try:
+        from hccr_jax.bench import torch_peer
+    except ImportError as error:
+        raise InputError("--peer=torch needs PyTorch: pip install 'hccr_jax[peer]'") from error
+    return torch_peer
+
+
+def _surroundings() -> Row:
+    """Returns device, cores, commit and versions."""
+    return {
+        "device": f"{jax.device_count()} × {_device_kind()}",
+        "cores": cpu_count(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+
+
+def _device_kind() -> str:
+    """Returns the name of the devices; JAX calls every CPU "cpu"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if jax.default_backend() == "cpu" and cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    return jax.devices()[0].device_kind
+
+
+def _commit() -> str | None:
+    """Returns the commit of the code, "-dirty" behind it where files differ; None without git."""
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+def _say(what: str) -> None:
+    print(f"measuring {what}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON; a kill leaves the old file or the new one, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _render(paths: Sequence[Path]) -> str:
+    """Returns the tables of some files and draws the scaling plot, where there is one to draw."""
+    rows = [row for path in paths for row in tables.read_rows(path)]
+    picture = tables.plot_scaling(rows, paths[0].parent)
+    return tables.to_markdown(rows) + (f"\n\n![scaling]({picture.name})" if picture else "")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
     options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
-    options["dtype"] = _dtype(options["dtype"])
+    options["dtype"] = compute_dtype(config)
     rngs = nnx.Rngs(stream_key(config.seed, INIT))
     model = create_model(num_classes=num_classes, rngs=rngs, **options)
     apply, *initial = split_model(model)
@@ -133,7 +133,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         batch_norm_momentum=config.model.batch_norm_momentum,
         accumulation_steps=config.gradient_accumulation_steps,
     )
-    longest = config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
+    longest = steps_per_call(config)
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
     state = create_train_state(network.params, network.batch_stats, optimizer)
@@ -166,8 +166,13 @@ def load(config: ConfigDict, split: str) -> Split:
     return load_split(name, data.data_dir, split, data.image_px, data.margin_px)
 
 
-def _dtype(name: str) -> Any:
+def compute_dtype(config: ConfigDict) -> Any:
     """Returns the dtype of the arithmetic; "auto" is bfloat16 where the device computes in it."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(name)
+    if config.model.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.model.dtype)
+
+
+def steps_per_call(config: ConfigDict) -> int:
+    """Returns the most steps of a call; the automatic choice hides an accelerator's host."""
+    return config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)

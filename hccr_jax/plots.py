@@ -5,7 +5,7 @@ one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from hccr_jax.data import strokes
 
@@ -292,5 +292,48 @@ def _save(figure: Figure, workdir: str | Path, name: str) -> Path:
     path = Path(workdir) / "plots" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the library's version the same run gives the same bytes.
+    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def write_scaling(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], folder: str | Path
+) -> Path:
+    """Draws the speed of the training step against what was varied, one panel each.
+
+    Args:
+      panels: by what was varied ("batch size", …) and by network: points of its value, images a
+        second and the roofline's images a second, in order.
+      folder: gets `scaling.png`.
+    """
+    figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    for place, (varied, networks) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for colour, (name, points) in zip(
+            (BLUE, ORANGE, GREEN, RED), networks.items(), strict=False
+        ):
+            values, speeds, limits = zip(*points, strict=True)
+            axes.plot(values, limits, "--", color=colour, linewidth=1.2, label=f"{name}, roofline")
+            axes.plot(values, speeds, "o-", color=colour, linewidth=2, label=name)
+        if varied == "batch size":
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.tick_params(axis="x", rotation=45 if len(values) > 4 else 0)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel(varied, fontsize=12, color=QUIET)
+        axes.tick_params(labelsize=10, colors=QUIET, length=0)
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(RULE)
+    figure.axes[0].set_ylabel("images/s", fontsize=12, color=QUIET)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), fontsize=11, frameon=False,
+        labelcolor=INK,
+    )  # fmt: skip
+    path = Path(folder) / "scaling.png"
     figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
     return path

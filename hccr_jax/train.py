@@ -63,8 +63,6 @@ def train_and_evaluate(
     job = create_job(config, timeline)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, workdir / "config.json")
-    _write_augmented_sheet(job, workdir)
-    timeline.lap("pictures")
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
     with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
         train(job, workdir, checkpoints, timeline)
@@ -135,6 +133,9 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 jax.block_until_ready(sums)
                 timeline.lap("first call")
                 print(timeline)
+                start = time.monotonic()
+                _write_augmented_sheet(job, workdir)
+                clock += time.monotonic() - start  # no part of the images a second
             step += call.num_steps
             pending.append(sums)
             leaving = stopped()  # asked once: between saving and leaving no step may be lost

@@ -10,6 +10,7 @@ from hccr_jax.models.layers import (
     BatchNorm,
     Classifier,
     Conv,
+    ConvNorm,
     DepthwiseSeparable,
     InvertedResidual,
     recording,
@@ -71,10 +72,15 @@ def cost_of(layer, shape: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_separable_block_costs_what_section_3_2_says(stride):
     inputs, outputs, kernel = 24, 56, 3
+    before = make_block(ConvNorm, 1, inputs, 1)
     block = make_block(DepthwiseSeparable, inputs, outputs, stride)
+
+    def both(x, train, axis_name):
+        return block.pointwise(block(x, before, train, axis_name), train, axis_name)
+
     height, width = 12 // stride, 16 // stride
     expected = height * width * inputs * (kernel**2 + outputs)
-    assert cost_of(block, (1, 12, 16, inputs)) == expected
+    assert cost_of(both, (1, 12, 16, 1)) == 12 * 16 * inputs + expected
 
 
 def test_an_inverted_residual_costs_what_its_three_layers_do():
@@ -92,6 +98,19 @@ def test_a_silenced_inverted_residual_is_its_shortcut(stride, channels_out, shor
     x = normal(2, 6, 6, 16)
     expected = x if shortcut else jnp.zeros((2, 6 // stride, 6 // stride, channels_out))
     np.testing.assert_array_equal(block(x, False, None), expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("channels_out", [24, 16])
+def test_a_first_block_gives_the_same_with_the_stem_as_after_it(channels_out, train):
+    stem, first = (
+        make_block(ConvNorm, 3, 16, 3, 2),
+        make_block(InvertedResidual, 16, channels_out, 1, 1),
+    )
+    images = normal(4, 9, 9, 3)
+    apart = first(stem(images, train, None), train, None)
+    together = first(images, train, None, stem=stem)
+    np.testing.assert_allclose(together, apart, atol=1e-5)
 
 
 @pytest.mark.parametrize(("channels", "kernel", "stride"), [
@@ -127,13 +146,13 @@ def test_a_block_in_bfloat16_rounds_to_8_bits():
     x = normal(4, 6, 6, 16)
 
     def output(dtype):
-        block = make_block(DepthwiseSeparable, 16, 24, 1, dtype=dtype)
+        block = make_block(InvertedResidual, 16, 24, 1, 2, dtype=dtype)
         y = jax.jit(lambda x: block(x, False, None))(x)
         assert y.dtype == dtype
         return np.asarray(y, np.float32)
 
     exact = output(jnp.float32)
-    error = np.abs(output(jnp.bfloat16) - exact).max() / exact.max()
+    error = np.abs(output(jnp.bfloat16) - exact).max() / np.abs(exact).max()
     assert 2**-10 < error < 2**-6
 
 

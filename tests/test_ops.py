@@ -13,8 +13,14 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from hccr_jax.ops import native
-from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train, batch_statistics
+from hccr_jax.ops.batch_norm import (
+    batch_norm,
+    batch_norm_train,
+    batch_statistics,
+    product_statistics,
+)
 from hccr_jax.ops.depthwise import depthwise_conv, grouped_conv, shifted_sum
+from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv
 
 EPSILON = 1e-3
@@ -106,7 +112,9 @@ def test_the_kernels_take_float32_of_16_channels_on_a_cpu():
     def is_native(channels, dtype=jnp.float32):
         x = jax.ShapeDtypeStruct((2, 4, 4, channels), dtype)
         weight = jax.ShapeDtypeStruct((3, 3, channels), dtype)
-        return "hccr_depthwise_forward" in jax.jit(depthwise_conv).lower(x, weight).as_text()
+        pair = (jax.ShapeDtypeStruct((channels,), jnp.float32),) * 2
+        run = jax.jit(functools.partial(depthwise_block, stride=1, epsilon=EPSILON))
+        return "hccr_block_inference" in run.lower(x, pair, pair, weight, pair, pair).as_text()
 
     assert is_native(16)
     assert is_native(24)
@@ -203,15 +211,168 @@ def test_batch_norm_split_over_devices_is_that_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-6, 1e-5), ours, expected)
 
 
-def test_pointwise_conv_has_the_gradients_of_a_matrix_product():
-    x, weight = normal((2, 3, 5, 8)), normal((8, 6), 1)
-    y, pull = jax.vjp(pointwise_conv, x, weight)
-    gradient = normal(y.shape, 2)
-    dx, d_weight = pull(gradient)
-    rows, gradient_rows = x.reshape(-1, 8).astype(float), gradient.reshape(-1, 6).astype(float)
-    np.testing.assert_allclose(y.reshape(-1, 6), rows @ weight, atol=2e-6)
-    np.testing.assert_allclose(dx.reshape(-1, 8), gradient_rows @ weight.T, atol=2e-6)
-    np.testing.assert_allclose(d_weight, rows.T @ gradient_rows, atol=1e-5)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("shape", [(33, 5, 7, 24), (50, 8)], ids=str)
+def test_statistics_of_a_product_are_those_of_its_values(shape, mean):
+    x, weight = normal(shape) + np.float32(mean), normal((shape[-1], 40), 1)
+    gradients = normal((40,), 2), normal((40,), 3)
+
+    def plain(x, weight):
+        product = x @ weight
+        axes = tuple(range(x.ndim - 1))
+        return product.mean(axes), product.var(axes)
+
+    with jax.enable_x64(True):
+        wide = [np.float64(value) for value in (x, weight, *gradients)]
+        expected_statistics, pull = jax.vjp(plain, *wide[:2])
+        expected = jax.tree.map(np.asarray, (expected_statistics, pull(tuple(wide[2:]))))
+
+    @jax.jit
+    def run(x, weight, *gradients):
+        statistics, pull = jax.vjp(lambda x, w: product_statistics(x, w, None), x, weight)
+        return statistics, pull(gradients)
+
+    def check(ours, exact):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+    jax.tree.map(check, run(x, weight, *gradients), expected)
+
+
+def plain_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride):
+    """The block from its definition, by XLA's grouped convolution."""
+    active = plain_batch_norm(inputs @ matrix, scale, bias, True)
+    y = grouped_conv(active, weight, stride)
+    return plain_batch_norm(y, scale_after, bias_after, True)
+
+
+def our_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride, product,
+              axis_name=None):  # fmt: skip
+    factors = (inputs, matrix) if product else None
+    affine, affine_after = (scale, bias), (scale_after, bias_after)
+    return depthwise_block_train(
+        pointwise_conv(inputs, matrix), factors, affine, weight, affine_after, stride, EPSILON,
+        axis_name,
+    )  # fmt: skip
+
+
+def block_arguments(shape, stride):
+    """Returns inputs, parameters, and a gradient of the output; ReLU6 clips on both sides."""
+    *batch_and_size, channels = shape
+    vectors = [normal((channels,), seed) for seed in range(4)]
+    scale, scale_after = 2 * vectors[0], 3 * vectors[1]
+    bias, bias_after = vectors[2] + 2, vectors[3] + 3
+    inputs, matrix = normal((*batch_and_size, 6), 4) + 1, normal((6, channels), 5)
+    weight = normal((3, 3, channels), 6)
+    batch, height, width = batch_and_size
+    out = (batch, -(-height // stride), -(-width // stride), channels)
+    return [inputs, matrix, scale, bias, weight, scale_after, bias_after, normal(out, 7)]
+
+
+BLOCK_NAMES = ("out", "inputs", "matrix", "scale", "bias", "weight", "scale_after", "bias_after")
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(33, 5, 7, 24), (9, 8, 6, 16), (3, 7, 4, 40), (4, 5, 5, 8)], ids=str
+)
+def test_the_depthwise_block_agrees_with_float64(shape, stride, product):
+    arguments = block_arguments(shape, stride)
+    with jax.enable_x64(True):
+        wide = [np.float64(value) for value in arguments]
+        plain = functools.partial(plain_block, stride=stride)
+        expected = [
+            np.asarray(value) for value in jax.jit(functools.partial(value_and_pull, plain))(*wide)
+        ]
+    assert 0.1 < ((expected[0] > 0) & (expected[0] < 6)).mean() < 0.9
+
+    def ours(*arguments):
+        return our_block(*arguments, stride, product)[0]
+
+    results = jax.jit(functools.partial(value_and_pull, ours))(*arguments)
+    for name, mine, exact in zip(BLOCK_NAMES, results, expected, strict=True):
+        np.testing.assert_allclose(mine, exact, atol=2e-5 * np.abs(exact).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e3])
+def test_the_depthwise_block_keeps_its_digits_far_from_zero(offset):
+    # Before the convolution the offset goes with the mean. After it: all is active at 6 but one
+    # channel's worth of noise, so that the mean is large against the deviation.
+    x = normal((8, 6, 6, 16)) + np.float32(offset)
+    one = np.ones(16, np.float32)
+    weight = np.zeros((3, 3, 16), np.float32)
+    weight[1, 1] = 1e3
+    _, statistics, after = depthwise_block_train(
+        jnp.array(x), None, (0.01 * one, 3 * one), weight, (one, one), 1, EPSILON, None
+    )
+    exact = x.astype(np.float64)
+    mean, variance = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    np.testing.assert_allclose(statistics[0], mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(statistics[1], variance, rtol=2e-5)
+    y = 1e3 * ((exact - mean) / np.sqrt(variance + EPSILON) * 0.01 + 3)
+    np.testing.assert_allclose(after[0], y.mean((0, 1, 2)), rtol=2e-6)
+    np.testing.assert_allclose(after[1], y.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_depthwise_block_with_given_statistics_is_its_parts(shape, stride):
+    channels = shape[-1:]
+    vectors = [jnp.array(normal(channels, seed)) for seed in range(6)]
+    mean, scale, bias, mean_after, scale_after, bias_after = vectors
+    statistics, affine = (mean, jnp.square(scale) + 0.5), (scale, bias + 2)
+    after, affine_after = (mean_after, jnp.square(bias) + 0.5), (scale_after, bias_after + 2)
+    x, weight = jnp.array(normal(shape)), jnp.array(normal((3, 3, *channels), 1))
+    ours = depthwise_block(x, statistics, affine, weight, after, affine_after, stride, EPSILON)
+    active = batch_norm(x, *statistics, *affine, True, EPSILON)
+    y = grouped_conv(active, weight, stride)
+    parts = batch_norm(y, *after, *affine_after, True, EPSILON)
+    np.testing.assert_allclose(ours, parts, atol=2e-5)
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_the_depthwise_block_split_over_devices_is_that_of_the_whole_batch(product):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    inputs, *others, gradient = block_arguments((8, 3, 5, 24), 2)
+    inputs += np.repeat(np.arange(4, dtype=np.float32), 2).reshape(8, 1, 1, 1)
+
+    def run(inputs, others, gradient, axis_name):
+        def value(inputs, others):
+            out, *statistics = our_block(inputs, *others, 2, product, axis_name)
+            return out, statistics
+
+        out, pull, statistics = jax.vjp(value, inputs, others, has_aux=True)
+        d_inputs, d_others = pull(gradient)
+        return out, d_inputs, statistics, d_others
+
+    def split(inputs, others, gradient):
+        out, d_inputs, statistics, d_others = run(inputs, others, gradient, "data")
+        return out, d_inputs, statistics, lax.psum(d_others, "data")
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        split, mesh=mesh, in_specs=(rows, whole, rows), out_specs=(rows, rows, whole, whole),
+        check_vma=False,
+    )  # fmt: skip
+    expected = jax.jit(functools.partial(run, axis_name=None))(inputs, others, gradient)
+    ours = jax.jit(sharded)(inputs, others, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 3e-5), ours, expected)
+
+
+# The last two have rows enough for the kernel: whole tiles of 8 by 32, and a rest of either.
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8, 6), (10, 8, 9, 16, 64), (33, 5, 7, 9, 40)], ids=str)
+def test_pointwise_conv_has_the_gradients_of_a_matrix_product(shape):
+    *batch_and_size, inputs, outputs = shape
+    x, weight = normal((*batch_and_size, inputs)), normal((inputs, outputs), 1)
+    gradient = normal((*batch_and_size, outputs), 2)
+    y, dx, d_weight = jax.jit(functools.partial(value_and_pull, pointwise_conv))(
+        x, weight, gradient
+    )
+    rows = x.reshape(-1, inputs).astype(float)
+    gradient_rows = gradient.reshape(-1, outputs).astype(float)
+    np.testing.assert_allclose(y.reshape(-1, outputs), rows @ weight, atol=5e-6)
+    np.testing.assert_allclose(dx.reshape(-1, inputs), gradient_rows @ weight.T, atol=1e-5)
+    np.testing.assert_allclose(d_weight, rows.T @ gradient_rows, atol=1e-4)
 
 
 def test_pointwise_conv_keeps_bfloat16():
@@ -225,19 +386,26 @@ DIGEST = """
 import hashlib
 import jax, numpy as np
 from hccr_jax.ops.batch_norm import batch_norm_train
-from hccr_jax.ops.depthwise import depthwise_conv
+from hccr_jax.ops.depthwise_block import depthwise_block_train
+from hccr_jax.ops.pointwise import pointwise_conv
 
 @jax.jit
 def run(x, weight, scale):
     def loss(x, weight, scale):
-        y, mean, variance = batch_norm_train(x, scale, scale, True, 1e-3, None)
-        return (depthwise_conv(y, weight, 1) ** 2).sum(), (mean, variance)
-    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weight, scale)[1]
+        y, *statistics = batch_norm_train(x, scale, scale, True, 1e-3, None)
+        pair = scale, scale
+        y = pointwise_conv(y, jax.numpy.eye(40, dtype=y.dtype) * scale[None])
+        for stride in 1, 2:
+            y, *more = depthwise_block_train(y, None, pair, weight, pair, stride, 1e-3, None)
+            statistics += more
+        return (y ** 2).sum(), statistics
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weight, scale)
 
 rng = np.random.default_rng(0)
 inputs = [rng.normal(size=s).astype(np.float32) for s in [(33, 9, 9, 40), (3, 3, 40), (40,)]]
 for _ in range(2):
-    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run(*inputs))]
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run(*inputs)[1])]
+    arrays += [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run(*inputs)[0][1])]
     print(hashlib.sha256(b"".join(arrays)).hexdigest())
 """
 

@@ -21,7 +21,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def floors() -> dict[str, int]:
-    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "BUILD.md").read_text("utf-8"), re.M)
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "BUILD.md").read_text("utf-8"), re.M)
     return {name: int(floor) for floor, cell in rows for name in re.findall("`([^`]+)`", cell)}
 
 

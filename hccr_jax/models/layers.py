@@ -21,6 +21,7 @@ from jax import lax
 
 from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
 from hccr_jax.ops.depthwise import depthwise_conv
+from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv
 
 
@@ -105,14 +106,20 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        return self.with_factors(x)[0]
+
+    def with_factors(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Returns the output and, where it was one matrix product, the two factors of it."""
         kernel, _, channels_in, channels_out = self.weight.shape
         weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
+        factors = None
         if kernel == 1 and self.stride == 1:
-            y = pointwise_conv(x, weight[0, 0])
+            factors = x, weight[0, 0]
         elif channels_in * kernel**2 <= 32:
             # So few inputs that gathering them and one matrix product beat a convolution on a CPU.
-            patches = _patches(x, kernel, self.stride)
-            y = pointwise_conv(patches, weight.reshape(-1, channels_out))
+            factors = _patches(x, kernel, self.stride), weight.reshape(-1, channels_out)
+        if factors is not None:
+            y = pointwise_conv(*factors)
         else:
             y = lax.conv_general_dilated(
                 x, weight, (self.stride, self.stride), [(kernel // 2, kernel // 2)] * 2,
@@ -120,7 +127,7 @@ class Conv(nnx.Module):
             )  # fmt: skip
         positions = y.shape[1] * y.shape[2]
         _record(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
-        return y
+        return y, factors
 
 
 def _patches(x: jax.Array, kernel: int, stride: int) -> jax.Array:
@@ -152,9 +159,13 @@ class DepthwiseConv(nnx.Module):
         """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C)."""
         weight = self.weight[...].astype(self.dtype)
         y = depthwise_conv(x.astype(self.dtype), weight, self.stride)
-        positions = y.shape[1] * y.shape[2]
-        _record(self, f"depthwise 3×3/{self.stride}", y, positions * weight.size)
+        self.record(y)
         return y
+
+    def record(self, y: jax.Array) -> None:
+        """Records the cost of y, the layer's output."""
+        positions = y.shape[1] * y.shape[2]
+        _record(self, f"depthwise 3×3/{self.stride}", y, positions * self.weight.size)
 
 
 class BatchNorm(nnx.Module):
@@ -179,8 +190,16 @@ class BatchNorm(nnx.Module):
         else:
             mean, variance = self.mean[...], self.variance[...]
             y = batch_norm(x, mean, variance, scale, bias, self.relu6, self.epsilon)
-        _record(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
+        self.record(y)
         return y
+
+    def record(self, y: jax.Array) -> None:
+        """Records the cost of y, the layer's output."""
+        _record(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Returns scale and bias, (C,)."""
+        return self.scale[...], self.bias[...]
 
 
 class Classifier(nnx.Module):
@@ -228,6 +247,32 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x), train, axis_name)
 
 
+def conv_depthwise(
+    before: ConvNorm, depthwise: DepthwiseConv, norm: BatchNorm, x: jax.Array, train: bool,
+    axis_name: str | None,
+) -> jax.Array:  # fmt: skip
+    """Returns norm(depthwise(before(x))), all after the first convolution as one operation."""
+    hidden, factors = before.conv.with_factors(x)
+    weight, stride = depthwise.weight[...].astype(depthwise.dtype), depthwise.stride
+    affine, affine_after, epsilon = before.norm.affine(), norm.affine(), norm.epsilon
+    if train:
+        y, statistics, statistics_after = depthwise_block_train(
+            hidden, factors, affine, weight, affine_after, stride, epsilon, axis_name
+        )
+        before.norm.mean[...], before.norm.variance[...] = statistics
+        norm.mean[...], norm.variance[...] = statistics_after
+    else:
+        statistics = before.norm.mean[...], before.norm.variance[...]
+        statistics_after = norm.mean[...], norm.variance[...]
+        y = depthwise_block(
+            hidden, statistics, affine, weight, statistics_after, affine_after, stride, epsilon
+        )
+    before.norm.record(hidden)
+    depthwise.record(y)
+    norm.record(y)
+    return y
+
+
 class DepthwiseSeparable(nnx.Module):
     """MobileNet V1's block: depthwise 3×3 and pointwise 1×1, each with batch norm and ReLU6.
 
@@ -244,10 +289,15 @@ class DepthwiseSeparable(nnx.Module):
             channels_in, channels_out, 1, epsilon=epsilon, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
-        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
-        x = self.norm(self.depthwise(x), train, axis_name)
-        return self.pointwise(x, train, axis_name)
+    def __call__(
+        self, x: jax.Array, before: ConvNorm, train: bool, axis_name: str | None
+    ) -> jax.Array:
+        """Maps the input of `before`, the layer ahead of the block, to that of `pointwise`.
+
+        So the block's second half is left to the next one: a convolution runs best together with
+        the depthwise one after it (`conv_depthwise`).
+        """
+        return conv_depthwise(before, self.depthwise, self.norm, x, train, axis_name)
 
 
 class InvertedResidual(nnx.Module):
@@ -271,10 +321,21 @@ class InvertedResidual(nnx.Module):
         self.project = ConvNorm(hidden, channels_out, 1, relu6=False, **common)
         self.shortcut = stride == 1 and channels_in == channels_out
 
-    def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
-        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
-        y = x if self.expand is None else self.expand(x, train, axis_name)
-        y = self.norm(self.depthwise(y), train, axis_name)
+    def __call__(
+        self, x: jax.Array, train: bool, axis_name: str | None, stem: ConvNorm | None = None
+    ) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C').
+
+        A block without an expanding layer may be given `stem`, the layer ahead of it, and that
+        layer's input: the two run faster together (`conv_depthwise`).
+        """
+        if stem is not None and self.shortcut:
+            x, stem = stem(x, train, axis_name), None  # the shortcut needs the stem's output
+        expand = self.expand if stem is None else stem
+        if expand is None:
+            y = self.norm(self.depthwise(x), train, axis_name)
+        else:
+            y = conv_depthwise(expand, self.depthwise, self.norm, x, train, axis_name)
         y = self.project(y, train, axis_name)
         return x + y if self.shortcut else y
 

@@ -50,7 +50,8 @@ class MobileNetV1(nnx.Module):
         axis_name: str | None = None,
     ) -> jax.Array:  # fmt: skip
         """Maps images (B, H, W, C), ink 1 and paper 0, to float32 logits (B, K)."""
-        x = self.stem(images, train, axis_name)
+        x, before = images, self.stem
         for block in self.blocks:
-            x = block(x, train, axis_name)
+            x, before = block(x, before, train, axis_name), block.pointwise
+        x = before(x, train, axis_name)
         return self.classifier(x, train, dropout_keys)

@@ -55,7 +55,8 @@ class MobileNetV2(nnx.Module):
         axis_name: str | None = None,
     ) -> jax.Array:  # fmt: skip
         """Maps images (B, H, W, C), ink 1 and paper 0, to float32 logits (B, K)."""
-        x = self.stem(images, train, axis_name)
-        for block in self.blocks:
+        first, *others = self.blocks
+        x = first(images, train, axis_name, stem=self.stem)
+        for block in others:
             x = block(x, train, axis_name)
         return self.classifier(self.head(x, train, axis_name), train, dropout_keys)

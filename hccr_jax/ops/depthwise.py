@@ -1,23 +1,24 @@
-"""3×3 depthwise convolution, in the fastest form for the device it runs on."""
+"""3×3 depthwise convolution by itself, in two forms."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from hccr_jax.ops import native
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_conv(x: jax.Array, weight: jax.Array, stride: int = 1) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_conv(
+    x: jax.Array, weight: jax.Array, stride: int = 1, form: str | None = None
+) -> jax.Array:
     """Returns the 3×3 depthwise convolution of x with one pixel of zero padding.
 
     Args:
       x: (B, H, W, C) float.
       weight: (3, 3, C), of the same dtype.
       stride: 1 or 2, along both axes.
+      form: "grouped" or "shifted", see `ops/forms.py`; None for "shifted" on a CPU and "grouped"
+        elsewhere.
 
     Returns:
       (B, ⌈H/stride⌉, ⌈W/stride⌉, C): out[h, w] = Σ_ij x[h·stride+i−1, w·stride+j−1] · weight[i, j].
@@ -25,26 +26,22 @@ def depthwise_conv(x: jax.Array, weight: jax.Array, stride: int = 1) -> jax.Arra
     Source: section 3.1 of the paper; equal to `lax.conv_general_dilated` with
     `feature_group_count=C`, which XLA runs many times slower on a CPU.
     """
-    if native.supports(x):
-        shape = jax.ShapeDtypeStruct(_out_shape(x, stride), x.dtype)
-        call = jax.ffi.ffi_call("hccr_depthwise_forward", shape)
-        return call(x, weight, stride=np.int64(stride))
-    if jax.default_backend() == "cpu":
+    if _is_shifted(form):
         return shifted_sum(x, weight, stride)
     return grouped_conv(x, weight, stride)
 
 
-def _forward(x: jax.Array, weight: jax.Array, stride: int):
-    return depthwise_conv(x, weight, stride), (x, weight)
+def _is_shifted(form: str | None) -> bool:
+    return form == "shifted" or (form is None and jax.default_backend() == "cpu")
 
 
-def _backward(stride: int, saved, gradient: jax.Array):
+def _forward(x: jax.Array, weight: jax.Array, stride: int, form: str | None):
+    return depthwise_conv(x, weight, stride, form), (x, weight)
+
+
+def _backward(stride: int, form: str | None, saved, gradient: jax.Array):
     x, weight = saved
-    if native.supports(x):
-        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in saved)
-        call = jax.ffi.ffi_call("hccr_depthwise_backward", shapes)
-        return call(x, weight, gradient, stride=np.int64(stride))
-    if jax.default_backend() == "cpu":
+    if _is_shifted(form):
         return _data_gradient(x, weight, gradient, stride), _weight_gradient(x, gradient, stride)
     return jax.vjp(lambda x, weight: grouped_conv(x, weight, stride), x, weight)[1](gradient)
 
@@ -62,7 +59,7 @@ def shifted_sum(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
 def _taps(x: jax.Array, stride: int) -> list[jax.Array]:
     """Returns what each of the nine weights meets, row by row of the filter: (B, H', W', C)."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    batch, height, width, channels = _out_shape(x, stride)
+    batch, height, width, channels = out_shape(x, stride)
     rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
 
     def tap(i: int, j: int) -> jax.Array:
@@ -104,6 +101,7 @@ def grouped_conv(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
     )
 
 
-def _out_shape(x: jax.Array, stride: int) -> tuple[int, int, int, int]:
+def out_shape(x: jax.Array, stride: int) -> tuple[int, int, int, int]:
+    """Returns the shape of `depthwise_conv`'s result."""
     batch, height, width, channels = x.shape
     return batch, (height - 1) // stride + 1, (width - 1) // stride + 1, channels

@@ -21,10 +21,12 @@ from absl import logging
 
 SOURCE = pathlib.Path(__file__).with_name("cpu_kernels.cc")
 TARGETS = (
-    "hccr_depthwise_forward",
-    "hccr_depthwise_backward",
     "hccr_batch_statistics",
     "hccr_norm_gradient_sums",
+    "hccr_block_forward",
+    "hccr_block_inference",
+    "hccr_block_backward",
+    "hccr_weight_gradient",
 )
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
 LANES = 16  # the kernels work on groups of this many channels
@@ -93,16 +95,33 @@ def _processor() -> str:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory in the process; does nothing elsewhere.
+    """Tells glibc to keep freed memory in the process, on huge pages; does nothing elsewhere.
 
     XLA allocates a step's working memory, hundreds of megabytes, anew each step. By default glibc
     maps it from the kernel and gives it back every time, and every page is cleared again on its
-    first touch. To be called before JAX starts its threads: a thread that got a heap of its own
-    maps such blocks whatever it is told.
+    first touch; and ordinary pages are so small that finding them takes a share of the time. To be
+    called before JAX starts its threads: a thread that got a heap of its own maps such blocks
+    whatever it is told.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)
+    if os.name != "posix":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
+    libc.mallopt(m_arena_max, 1)
+    _use_huge_pages(libc)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Grows the heap, in addresses and not yet in memory, and asks for huge pages there."""
+    size, huge_page, madv_hugepage = 2**31, 2**21, 14
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block is None:
+        return
+    start = (block + huge_page - 1) // huge_page * huge_page
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), madv_hugepage)
+    libc.free(ctypes.c_void_p(block))

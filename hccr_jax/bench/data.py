@@ -1,0 +1,67 @@
+"""A data set that the benchmark makes up, through real archives and the real code."""
+
+import functools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from hccr_jax.data import charset, gnt, strokes
+from hccr_jax.data.splits import Split, load_split
+
+NAME = "benchmark"
+
+
+class SyntheticData:
+    """Simulated writers, in a folder of their own; everything is made when it is first needed."""
+
+    def __init__(self, folder: Path, num_classes: int, num_images: int) -> None:
+        """Says what the data set will hold.
+
+        Args:
+          folder: for everything.
+          num_classes: characters, each once a writer; at most all of level 1.
+          num_images: of all splits together, rounded up to whole writers, at least four.
+        """
+        self.folder = folder
+        self.num_classes = num_classes
+        self.num_writers = max(4, -(-num_images // num_classes))
+        self.num_images = self.num_writers * num_classes
+
+    @functools.cached_property
+    def archives(self) -> Path:
+        """The folder of a training and a test archive, the last writer's."""
+        characters = charset.level1()[: self.num_classes]
+        # A few drawings serve for all characters: only their sizes and ink matter here.
+        drawn = strokes.write_member("".join(charset.level1()[:64]), 1, seed=0)
+        bitmaps = [record.bitmap for record in gnt.read_records(drawn, "drawn")]
+        member = b"".join(
+            gnt.pack_record(charset.character_to_tag(character), bitmaps[i % len(bitmaps)])
+            for i, character in enumerate(characters)
+        )
+        folder = self.folder / "archives"
+        folder.mkdir()
+        writers = range(self.num_writers)
+        for name, members in (("trn", writers[:-1]), ("tst", writers[-1:])):
+            with zipfile.ZipFile(folder / f"{NAME}_{name}_gnt.zip", "w") as archive:
+                for writer in members:
+                    archive.writestr(f"{writer}-c.gnt", member, zipfile.ZIP_DEFLATED, 1)
+        return folder
+
+    def prepare(self) -> None:
+        """Makes the data set by the command that a user would run, start-up included."""
+        command = [
+            *(sys.executable, "-m", "hccr_jax.data.prepare", "--overwrite", f"--name={NAME}"),
+            *(f"--archives={self.archives}", f"--data_dir={self.folder}"),
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @functools.cached_property
+    def prepared(self) -> Path:
+        """The folder of data sets, this one prepared."""
+        self.prepare()
+        return self.folder
+
+    def load(self, image_px: int, margin_px: int) -> Split:
+        """Returns the training split in normal form."""
+        return load_split(NAME, self.prepared, "train", image_px, margin_px)

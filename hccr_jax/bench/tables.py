@@ -1,0 +1,125 @@
+"""The benchmark's JSON files as Markdown tables and as a plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hccr_jax import plots
+from hccr_jax.errors import InputError
+
+# (heading, key, format) of the columns; those that no row fills are left out.
+COLUMNS = (
+    ("images/s, median (min–max)", "images_per_second", "{:,.0f}"),
+    ("ms a step", "ms_per_step", "{:,.2f}"),
+    ("PyTorch's best", "peer", "{}"),
+    ("ratio", "ratio", "{:.2f}"),
+    ("roofline, images/s", "roofline_images_per_second", "{:,.0f}"),
+    ("of roofline", "roofline_fraction", "{:.1%}"),
+    ("memory, MiB", "peak_memory_mib", "{:,.0f}"),
+    ("compiled in, s", "compile_seconds", "{:.1f}"),
+)
+VARIED = {
+    "batch_size": "batch size",
+    "image_px": "image size, px",
+    "width": "width",
+    "num_classes": "classes",
+}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file that the benchmark wrote.
+
+    Raises:
+      InputError: it is not there, or not such a file.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))["rows"]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a file that the benchmark's --output wrote") from error
+
+
+def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns Markdown: a heading and a table for each set-up that the rows were measured in."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_heading(row), []).append(row)
+    parts = []
+    for heading, group in groups.items():
+        table = _forms_table(group) if "layer" in group[0]["about"] else _table(group)
+        parts.append(f"{heading}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def plot_scaling(rows: Sequence[dict[str, Any]], folder: Path) -> Path | None:
+    """Draws speed against what `--suite=scaling` varied, in `folder`; None without such rows."""
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for row in rows:
+        if "varied" in row and row["row"] == "train_step" and "error" not in row:
+            about, varied = row["about"], row["varied"]
+            points = panels.setdefault(VARIED[varied], {}).setdefault(about["model"], [])
+            speeds = row["images_per_second"], row["roofline_images_per_second"]
+            points.append((about[varied], *speeds))
+    return plots.write_scaling(panels, folder) if panels else None
+
+
+def _heading(row: dict[str, Any]) -> str:
+    about = row["about"]
+    varied = row.get("varied")
+    if "layer" in about:
+        parts = [f"**{about['model']}**, depthwise layers", f"batch {about['batch_size']:,}"]
+    else:
+        parts = [
+            f"**{about['model']}**, {about['parameters']:,} parameters",
+            f"batch {about['batch_size']:,}",
+            f"{about['image_px']} px",
+            f"{about['num_classes']:,} classes",
+            f"width {about['width']:g}",
+        ]
+    if varied:
+        parts = [f"**{about['model']}**, training step by {VARIED[varied]}"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    where = f"{about['device']}, {about['cores']} CPU cores, {about['dtype']}; {versions}"
+    return ", ".join(parts) + f"; {where}" + f"; commit {about['commit']}" * bool(about["commit"])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    lines = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    for row in rows:
+        varied = row.get("varied")
+        name = f"{row['about'][varied]:,}" if varied else row["row"]
+        if "error" in row:
+            cells = [row["error"], *[""] * (len(columns) - 1)]
+        else:
+            cells = [_cell(row, key, form) for _, key, form in columns]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns a line for each layer and a column for each form; images a second, the best bold."""
+    forms = list(dict.fromkeys(row["row"].rpartition("/")[2] for row in rows))
+    layers: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = "{}×{}×{}, stride {}".format(*row["about"]["layer"])
+        form = row["row"].rpartition("/")[2]
+        layers.setdefault(name, {})[form] = row.get("images_per_second", 0.0)
+    lines = [["input", *forms], ["---"] * (len(forms) + 1)]
+    for name, speeds in layers.items():
+        best = max(speeds.values())
+        cells = [f"{speeds[form]:,.0f}" if form in speeds else "" for form in forms]
+        cells = [f"**{cell}**" if cell == f"{best:,.0f}" else cell for cell in cells]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    if row.get(key) is None:
+        return ""
+    text = form.format(row[key])
+    if key == "images_per_second":
+        text += f" ({row['min']:,.0f}–{row['max']:,.0f})"
+    return text

@@ -1,0 +1,281 @@
+"""The fused depthwise block on an NVIDIA GPU, as two Pallas kernels.
+
+As on a CPU, memory traffic is the block's cost, and these kernels exist to save it. Bytes moved for
+each value of x, in bfloat16 and at stride 1:
+
+  forward: 10 as separate operations (norm and ReLU6 4, convolution 4, statistics 2), 4 here;
+  backward: 24 as separate operations (gradient of y 6, of the activation 4, of the weights 4,
+  norm's sums 4, gradient of x 6), 8 here; what flows through x's own statistics is left to
+  whoever took them, at most 6 more.
+
+A lane of a program has one channel of a few neighbouring columns and goes down the rows of an
+image. What its 3×3 filters see slides along in registers, so a value is loaded and normalised one
+and a half times, not nine times: else arithmetic would cost more than memory. Each program writes
+its own sums, without atomics, and XLA adds them up: no result depends on who came first.
+
+The kernels go through Triton, the older of Pallas's two ways to a GPU, deprecated from JAX 0.11 on:
+it takes plain array code, on any GPU since Ampere. Mosaic GPU, its successor, wants copies,
+barriers and register layouts spelled out. Nothing here has been timed on a GPU yet.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+RELU6_LIMIT = 6.0
+# Two lanes a thread, one load of 4 bytes in bfloat16, and runs of four columns: more of either and
+# the eleven sums of the backward kernel spill out of the registers.
+WARPS = 4
+LANES = 256
+RUN = 4
+# A program goes down this many rows if that leaves enough programs to fill a GPU: each loads the
+# filters once and writes its sums once.
+MIN_ROWS = 32
+MIN_PROGRAMS = 1024
+
+
+def block_forward(
+    x: jax.Array, norm: jax.Array, weight: jax.Array, stride: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the depthwise 3×3 convolution of ReLU6 of normalised x, and its mean and variance.
+
+    Args:
+      x: (B, H, W, C) float.
+      norm: (3, C) float32, rows mean, slope and bias: norm is (x − mean) · slope + bias.
+      weight: (3, 3, C) float; one pixel of zeros surrounds the activated image.
+      stride: 1 or 2.
+
+    Returns:
+      y (B, ⌈H/stride⌉, ⌈W/stride⌉, C) like x; the mean and the biased variance of y as stored,
+      rounded to its dtype, float32 (C,).
+
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances" (1979), for the merging of means and variances.
+    """
+    batch, height, width, channels = x.shape
+    y = jax.ShapeDtypeStruct((batch, -(-height // stride), -(-width // stride), channels), x.dtype)
+    cut = _cut(y.shape)
+    moments = jax.ShapeDtypeStruct((2, cut.programs, channels), jnp.float32)
+    y, (means, squares) = _call(_forward_kernel, cut, stride, (y, moments), x, norm, weight)
+    images = np.full((cut.programs, 1), cut.passes * cut.images, np.float32)
+    images[-1] = batch - images[:-1].sum()
+    mean = (images / batch * means).sum(0)
+    count = np.float32(y.shape[1] * y.shape[2])
+    spread = squares + count * images * jnp.square(means - mean[None])
+    return y, mean, spread.sum(0) / (count * batch)
+
+
+def block_backward(
+    x: jax.Array, norm: jax.Array, weight: jax.Array,
+    y: jax.Array, norm_after: jax.Array, gradient: jax.Array, stride: int,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Returns the gradients of the block: norm, ReLU6, convolution, norm and ReLU6.
+
+    Args:
+      x, norm, weight, stride: as in `block_forward`.
+      y: its first result.
+      norm_after: (5, C) float32: mean, slope and bias of the norm of y; p and q of y's gradient,
+        slope · passed − p − q · (y − mean), where passed is what ReLU6 lets through of `gradient`.
+      gradient: of the block's output, like y.
+
+    Returns:
+      the gradient of x, its norm's statistics held fixed, like x; (11, C) float32: the gradients of
+      the nine weights, of the first norm's bias and of its slope.
+    """
+    cut = _cut(y.shape)
+    sums = jax.ShapeDtypeStruct((11, cut.programs, x.shape[-1]), jnp.float32)
+    dx = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    arguments = (x, norm, weight, y, norm_after, gradient)
+    dx, sums = _call(_backward_kernel, cut, stride, (dx, sums), *arguments)
+    return dx, sums.sum(1)
+
+
+class _Cut(NamedTuple):
+    """The cut of the work into programs, Triton's arrays being of powers of two.
+
+    A program takes `passes` times `images` images and `channels` channels; one pass works on a row
+    of y in each, cut into `runs` runs of `run` columns.
+    """
+
+    images: int
+    runs: int
+    run: int
+    channels: int
+    passes: int
+    tiles: int  # programs along the channels
+    programs: int  # along the batch
+
+
+def _cut(shape: tuple[int, ...]) -> _Cut:
+    batch, height, width, channels = shape
+    divisor = channels & -channels  # the largest power of two
+    tile = min(max(divisor, 16), 64)
+    run = min(RUN, pl.next_power_of_2(width))
+    runs = pl.next_power_of_2(pl.cdiv(width, run))
+    images = max(1, LANES // (runs * tile))
+    tiles, groups = pl.cdiv(channels, tile), pl.cdiv(batch, images)
+    passes = max(1, min(MIN_ROWS // height, tiles * groups // MIN_PROGRAMS))
+    return _Cut(images, runs, run, tile, passes, tiles, pl.cdiv(groups, passes))
+
+
+def _call(kernel, cut, stride, out_shape, *arguments):
+    """Runs a kernel; on a CPU interpreted, which serves tests."""
+    call = functools.partial(
+        pl.pallas_call,
+        functools.partial(kernel, stride=stride, cut=cut),
+        grid=(cut.tiles, cut.programs),
+        out_shape=out_shape,
+        compiler_params=plt.CompilerParams(num_warps=WARPS),
+    )
+    return lax.platform_dependent(*arguments, cpu=call(interpret=True), default=call())
+
+
+def _lanes(cut: _Cut):
+    """Returns each lane's first image and column, (P, 1), and its channel, (1, tile)."""
+    lane = lax.broadcasted_iota(jnp.int32, (cut.images * cut.runs, 1), 0)
+    image = pl.program_id(1) * (cut.passes * cut.images) + lane // cut.runs
+    channel = lax.broadcasted_iota(jnp.int32, (1, cut.channels), 1)
+    return image, lane % cut.runs * cut.run, pl.program_id(0) * cut.channels + channel
+
+
+def _read(ref: Any, at: tuple, mask: jax.Array) -> jax.Array:
+    return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
+
+
+def _between(index: jax.Array, limit: int) -> jax.Array:
+    return (index >= 0) & (index < limit)
+
+
+def _write_sums(ref: Any, sums: list[jax.Array], channel: jax.Array) -> None:
+    """Stores each (1, tile) sum as this program's."""
+    for k, total in enumerate(sums):
+        at = (k, pl.program_id(1), channel)
+        plt.store(ref.at[at], total, mask=channel < ref.shape[-1])
+
+
+def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, cut):
+    batch, height, width, channels = x_ref.shape
+    _, out_height, out_width, _ = y_ref.shape
+    first_image, column, channel = _lanes(cut)
+    real = channel < channels
+    mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
+    weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
+    run_length = jnp.clip(out_width - column, 0, cut.run).astype(jnp.float32)
+
+    def one_pass(index, moments):
+        image = first_image + index * cut.images
+        here = (image < batch) & real
+
+        def active_row(row):
+            """Returns what the filter sees of a row of x: all columns of the lane's run."""
+
+            def active(k):
+                at = column * stride + k
+                seen = here & _between(row, height) & _between(at, width)
+                scaled = (_read(x_ref, (image, row, at, channel), seen) - mean) * slope + bias
+                return jnp.where(seen, jnp.clip(scaled, 0.0, RELU6_LIMIT), 0.0)
+
+            return [active(k) for k in range(-1, (cut.run - 1) * stride + 2)]
+
+        def one_row(row, carry):
+            window, means, squares = carry
+            window = window + [active_row(row * stride + k) for k in range(2 - stride, 2)]
+            values = []
+            for k in range(cut.run):
+                inside = here & (column + k < out_width)
+                total = sum(
+                    window[i][k * stride + j] * weight[i][j] for i in range(3) for j in range(3)
+                )
+                stored = total.astype(y_ref.dtype)
+                plt.store(y_ref.at[image, row, column + k, channel], stored, mask=inside)
+                values.append((stored.astype(jnp.float32), inside))
+            # A running mean and sum of squared deviations: a mean far from zero costs no digits.
+            run_mean = sum(jnp.where(inside, value, 0.0) for value, inside in values)
+            run_mean /= jnp.maximum(run_length, 1.0)
+            for value, inside in values:
+                squares += jnp.square(jnp.where(inside, value - run_mean, 0.0))
+            seen_rows = (index * out_height + row).astype(jnp.float32)
+            deviation = jnp.where(here, run_mean - means, 0.0)
+            means += deviation / (seen_rows + 1.0)
+            squares += jnp.square(deviation) * run_length * (seen_rows / (seen_rows + 1.0))
+            return window[stride:], means, squares
+
+        window = [active_row(jnp.int32(k)) for k in range(-1, 2 - stride)]
+        return lax.fori_loop(0, out_height, one_row, (window, *moments))[1:]
+
+    zeros = jnp.zeros((cut.images * cut.runs, cut.channels), jnp.float32)
+    means, squares = lax.fori_loop(0, cut.passes, one_pass, (zeros, zeros))
+    passes = jnp.clip((batch - first_image + cut.images - 1) // cut.images, 0, cut.passes)
+    count = (passes * out_height).astype(jnp.float32) * run_length
+    mean = (count * means).sum(0, keepdims=True) / count.sum(0, keepdims=True)
+    squares += count * jnp.square(means - mean)
+    _write_sums(moments_ref, [mean, squares.sum(0, keepdims=True)], channel)
+
+
+def _backward_kernel(
+    x_ref, norm_ref, weight_ref, y_ref, after_ref, gradient_ref, dx_ref, sums_ref, *, stride, cut
+):
+    batch, height, width, channels = x_ref.shape
+    _, out_height, out_width, _ = y_ref.shape
+    first_image, column, channel = _lanes(cut)
+    real = channel < channels
+    mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
+    weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
+    y_mean, y_slope, y_bias, p, q = (_read(after_ref, (k, channel), real) for k in range(5))
+    # Row stride · r + a of x met tap i in row r + (a + 1 − i) / stride of y, where that divides;
+    # likewise the columns. This is the least of these offsets.
+    first = stride - 2
+
+    def one_pass(index, sums):
+        image = first_image + index * cut.images
+        here = (image < batch) & real
+
+        def gradient_row(row):
+            """Returns a row of the gradient of y: all columns that met the lane's run."""
+
+            def d_y(k):
+                at = (image, row, column + k, channel)
+                seen = here & _between(row, out_height) & _between(column + k, out_width)
+                deviation = _read(y_ref, at, seen) - y_mean
+                scaled = deviation * y_slope + y_bias
+                open_ = (scaled > 0.0) & (scaled < RELU6_LIMIT)
+                passed = jnp.where(open_, _read(gradient_ref, at, seen), 0.0)
+                return jnp.where(seen, y_slope * passed - p - q * deviation, 0.0)
+
+            return [d_y(k) for k in range(first, cut.run + 1)]
+
+        def one_row(row, carry):
+            window, sums = carry
+            window = [*window, gradient_row(row + 1)]
+            sums = list(sums)
+            for a, b in itertools.product(range(stride), range(cut.run * stride)):
+                at = (image, row * stride + a, column * stride + b, channel)
+                seen = here & (at[1] < height) & (at[2] < width)
+                deviation = _read(x_ref, at, seen) - mean
+                scaled = deviation * slope + bias
+                active = jnp.where(seen, jnp.clip(scaled, 0.0, RELU6_LIMIT), 0.0)
+                total = jnp.zeros_like(active)
+                for i in range((a + 1) % stride, 3, stride):
+                    for j in range((b + 1) % stride, 3, stride):
+                        d_y = window[(a + 1 - i) // stride - first][(b + 1 - j) // stride - first]
+                        total += d_y * weight[i][j]
+                        sums[3 * i + j] += d_y * active
+                total = jnp.where(seen & (scaled > 0.0) & (scaled < RELU6_LIMIT), total, 0.0)
+                sums[9] += total
+                sums[10] += total * deviation
+                plt.store(dx_ref.at[at], (total * slope).astype(dx_ref.dtype), mask=seen)
+            return window[1:], sums
+
+        window = [gradient_row(jnp.int32(k)) for k in range(first, 1)]
+        return lax.fori_loop(0, out_height, one_row, (window, sums))[1]
+
+    zeros = jnp.zeros((cut.images * cut.runs, cut.channels), jnp.float32)
+    sums = lax.fori_loop(0, cut.passes, one_pass, [zeros] * 11)
+    _write_sums(sums_ref, [total.sum(0, keepdims=True) for total in sums], channel)
