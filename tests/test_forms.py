@@ -107,7 +107,7 @@ def test_all_forms_agree(stride: int) -> None:
     def run(x, affine, weight, affine_after, form):
         def block(x, affine, weight, affine_after):
             return depthwise_block_train(
-                x, None, affine, weight, affine_after, stride, 1e-3, None, form=form
+                x, affine, weight, affine_after, stride, 1e-3, None, form=form
             )
 
         y, pull = jax.vjp(lambda *a: block(*a)[0], x, affine, weight, affine_after)

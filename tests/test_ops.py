@@ -17,7 +17,6 @@ from hccr_jax.ops.batch_norm import (
     batch_norm,
     batch_norm_train,
     batch_statistics,
-    product_statistics,
 )
 from hccr_jax.ops.depthwise import depthwise_conv, grouped_conv, shifted_sum
 from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
@@ -211,33 +210,6 @@ def test_batch_norm_split_over_devices_is_that_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-6, 1e-5), ours, expected)
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0])
-@pytest.mark.parametrize("shape", [(33, 5, 7, 24), (50, 8)], ids=str)
-def test_statistics_of_a_product_are_those_of_its_values(shape, mean):
-    x, weight = normal(shape) + np.float32(mean), normal((shape[-1], 40), 1)
-    gradients = normal((40,), 2), normal((40,), 3)
-
-    def plain(x, weight):
-        product = x @ weight
-        axes = tuple(range(x.ndim - 1))
-        return product.mean(axes), product.var(axes)
-
-    with jax.enable_x64(True):
-        wide = [np.float64(value) for value in (x, weight, *gradients)]
-        expected_statistics, pull = jax.vjp(plain, *wide[:2])
-        expected = jax.tree.map(np.asarray, (expected_statistics, pull(tuple(wide[2:]))))
-
-    @jax.jit
-    def run(x, weight, *gradients):
-        statistics, pull = jax.vjp(lambda x, w: product_statistics(x, w, None), x, weight)
-        return statistics, pull(gradients)
-
-    def check(ours, exact):
-        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
-
-    jax.tree.map(check, run(x, weight, *gradients), expected)
-
-
 def plain_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride):
     """The block from its definition, by XLA's grouped convolution."""
     active = plain_batch_norm(inputs @ matrix, scale, bias, True)
@@ -245,12 +217,10 @@ def plain_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, st
     return plain_batch_norm(y, scale_after, bias_after, True)
 
 
-def our_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride, product,
-              axis_name=None):  # fmt: skip
-    factors = (inputs, matrix) if product else None
+def our_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride, axis_name=None):
     affine, affine_after = (scale, bias), (scale_after, bias_after)
     return depthwise_block_train(
-        pointwise_conv(inputs, matrix), factors, affine, weight, affine_after, stride, EPSILON,
+        pointwise_conv(inputs, matrix), affine, weight, affine_after, stride, EPSILON,
         axis_name,
     )  # fmt: skip
 
@@ -271,12 +241,11 @@ def block_arguments(shape, stride):
 BLOCK_NAMES = ("out", "inputs", "matrix", "scale", "bias", "weight", "scale_after", "bias_after")
 
 
-@pytest.mark.parametrize("product", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
     "shape", [(33, 5, 7, 24), (9, 8, 6, 16), (3, 7, 4, 40), (4, 5, 5, 8)], ids=str
 )
-def test_the_depthwise_block_agrees_with_float64(shape, stride, product):
+def test_the_depthwise_block_agrees_with_float64(shape, stride):
     arguments = block_arguments(shape, stride)
     with jax.enable_x64(True):
         wide = [np.float64(value) for value in arguments]
@@ -287,7 +256,7 @@ def test_the_depthwise_block_agrees_with_float64(shape, stride, product):
     assert 0.1 < ((expected[0] > 0) & (expected[0] < 6)).mean() < 0.9
 
     def ours(*arguments):
-        return our_block(*arguments, stride, product)[0]
+        return our_block(*arguments, stride)[0]
 
     results = jax.jit(functools.partial(value_and_pull, ours))(*arguments)
     for name, mine, exact in zip(BLOCK_NAMES, results, expected, strict=True):
@@ -303,7 +272,7 @@ def test_the_depthwise_block_keeps_its_digits_far_from_zero(offset):
     weight = np.zeros((3, 3, 16), np.float32)
     weight[1, 1] = 1e3
     _, statistics, after = depthwise_block_train(
-        jnp.array(x), None, (0.01 * one, 3 * one), weight, (one, one), 1, EPSILON, None
+        jnp.array(x), (0.01 * one, 3 * one), weight, (one, one), 1, EPSILON, None
     )
     exact = x.astype(np.float64)
     mean, variance = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
@@ -330,15 +299,14 @@ def test_the_depthwise_block_with_given_statistics_is_its_parts(shape, stride):
     np.testing.assert_allclose(ours, parts, atol=2e-5)
 
 
-@pytest.mark.parametrize("product", [False, True])
-def test_the_depthwise_block_split_over_devices_is_that_of_the_whole_batch(product):
+def test_the_depthwise_block_split_over_devices_is_that_of_the_whole_batch():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     inputs, *others, gradient = block_arguments((8, 3, 5, 24), 2)
     inputs += np.repeat(np.arange(4, dtype=np.float32), 2).reshape(8, 1, 1, 1)
 
     def run(inputs, others, gradient, axis_name):
         def value(inputs, others):
-            out, *statistics = our_block(inputs, *others, 2, product, axis_name)
+            out, *statistics = our_block(inputs, *others, 2, axis_name)
             return out, statistics
 
         out, pull, statistics = jax.vjp(value, inputs, others, has_aux=True)
@@ -396,7 +364,7 @@ def run(x, weight, scale):
         pair = scale, scale
         y = pointwise_conv(y, jax.numpy.eye(40, dtype=y.dtype) * scale[None])
         for stride in 1, 2:
-            y, *more = depthwise_block_train(y, None, pair, weight, pair, stride, 1e-3, None)
+            y, *more = depthwise_block_train(y, pair, weight, pair, stride, 1e-3, None)
             statistics += more
         return (y ** 2).sum(), statistics
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weight, scale)

@@ -59,9 +59,7 @@ def time_forms(
     for form in forms.possible(x):
 
         def layer_of(x, affine, weight, form=form):
-            y, *_ = depthwise_block_train(
-                x, None, affine, weight, vectors, stride, 1e-3, None, form=form
-            )
+            y, *_ = depthwise_block_train(x, affine, weight, vectors, stride, 1e-3, None, form=form)
             return y
 
         def both(x, affine, weight, layer_of=layer_of):

@@ -106,20 +106,14 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
-        return self.with_factors(x)[0]
-
-    def with_factors(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns the output and, where it was one matrix product, the two factors of it."""
         kernel, _, channels_in, channels_out = self.weight.shape
         weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
-        factors = None
         if kernel == 1 and self.stride == 1:
-            factors = x, weight[0, 0]
+            y = pointwise_conv(x, weight[0, 0])
         elif channels_in * kernel**2 <= 32:
             # So few inputs that gathering them and one matrix product beat a convolution on a CPU.
-            factors = _patches(x, kernel, self.stride), weight.reshape(-1, channels_out)
-        if factors is not None:
-            y = pointwise_conv(*factors)
+            patches = _patches(x, kernel, self.stride)
+            y = pointwise_conv(patches, weight.reshape(-1, channels_out))
         else:
             y = lax.conv_general_dilated(
                 x, weight, (self.stride, self.stride), [(kernel // 2, kernel // 2)] * 2,
@@ -127,7 +121,7 @@ class Conv(nnx.Module):
             )  # fmt: skip
         positions = y.shape[1] * y.shape[2]
         _record(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
-        return y, factors
+        return y
 
 
 def _patches(x: jax.Array, kernel: int, stride: int) -> jax.Array:
@@ -252,12 +246,12 @@ def conv_depthwise(
     axis_name: str | None,
 ) -> jax.Array:  # fmt: skip
     """Returns norm(depthwise(before(x))), all after the first convolution as one operation."""
-    hidden, factors = before.conv.with_factors(x)
+    hidden = before.conv(x)
     weight, stride = depthwise.weight[...].astype(depthwise.dtype), depthwise.stride
     affine, affine_after, epsilon = before.norm.affine(), norm.affine(), norm.epsilon
     if train:
         y, statistics, statistics_after = depthwise_block_train(
-            hidden, factors, affine, weight, affine_after, stride, epsilon, axis_name
+            hidden, affine, weight, affine_after, stride, epsilon, axis_name
         )
         before.norm.mean[...], before.norm.variance[...] = statistics
         norm.mean[...], norm.variance[...] = statistics_after

@@ -95,46 +95,6 @@ def _statistics_backward(axis_name, saved, gradients):
 batch_statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product_statistics(
-    x: jax.Array, weight: jax.Array, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `batch_statistics` of x @ weight from those of x, without reading the product.
-
-    With m and S the mean and covariance of x, they are m @ weight and the diagonal of
-    weightᵀ @ S @ weight. For few inputs and many outputs that saves two passes over the product in
-    the forward and three in the backward direction.
-
-    Args:
-      x: (..., K) float32.
-      weight: (K, C) float32.
-      axis_name: as in `batch_norm_train`.
-    """
-    return _product_forward(x, weight, axis_name)[0]
-
-
-def _product_forward(x, weight, axis_name):
-    mean, _ = batch_statistics(x, axis_name)
-    centred = x - _row(mean, x)
-    rows = centred.reshape(-1, x.shape[-1])
-    covariance = lax.dot_general(rows, rows, (((0,), (0,)), ((), ()))) / len(rows)
-    if axis_name is not None:
-        covariance = lax.pmean(covariance, axis_name)
-    spread = covariance @ weight
-    return (mean @ weight, (weight * spread).sum(0)), (centred, mean, weight, spread)
-
-
-def _product_backward(axis_name, saved, gradients):
-    centred, mean, weight, spread = saved
-    d_weight = mean[:, None] * gradients[0][None] + 2.0 * spread * gradients[1][None]
-    d_mean, d_variance = share(gradients, centred, axis_name)
-    inner = 2.0 * (weight * d_variance[None]) @ weight.T
-    return centred @ inner + _row(weight @ d_mean, centred), d_weight
-
-
-product_statistics.defvjp(_product_forward, _product_backward)
-
-
 def share(
     gradients: tuple[jax.Array, jax.Array], x: jax.Array, axis_name: str | None
 ) -> list[jax.Array]:

@@ -78,7 +78,7 @@ inline void Accumulate(float* sums, Vector v, int64_t skip) {
 }
 
 // Cuts `count` rows or images into chunks, runs work(first, end, sums) on each, sums being `size` zeros
-// of the chunk's own, and adds these up into total.
+// of the chunk's own, and adds these up, in double, into total.
 template <typename F>
 void SumOverChunks(ffi::ThreadPool& pool, int64_t count, int64_t chunks, int64_t size, float* total,
                    F work) {
@@ -87,9 +87,10 @@ void SumOverChunks(ffi::ThreadPool& pool, int64_t count, int64_t chunks, int64_t
   Parallel(pool, chunks, [=](int64_t chunk) {
     work(chunk * count / chunks, (chunk + 1) * count / chunks, partials + chunk * size);
   });
-  std::fill(total, total + size, 0.0f);
+  std::vector<double> sums(size);
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t k = 0; k < size; ++k) total[k] += partials[chunk * size + k];
+    for (int64_t k = 0; k < size; ++k) sums[k] += partials[chunk * size + k];
+  std::copy_n(sums.data(), size, total);
 }
 
 // Returns two sums a channel over all rows of x (N, C), first[C] and second[C] in one vector;

@@ -18,13 +18,9 @@ from hccr_jax.ops.batch_norm import (
     batch_statistics,
     norm_gradient_sums,
     over_devices,
-    product_statistics,
     share,
 )
 from hccr_jax.ops.depthwise import depthwise_conv, out_shape
-
-# A product this many times wider than its inputs gets its statistics from theirs: less work.
-MIN_EXPANSION = 3
 
 Vectors = tuple[jax.Array, jax.Array]
 
@@ -58,14 +54,13 @@ def depthwise_block(
 
 
 def depthwise_block_train(
-    x: jax.Array, factors: Vectors | None, affine: Vectors, weight: jax.Array,
+    x: jax.Array, affine: Vectors, weight: jax.Array,
     affine_after: Vectors, stride: int, epsilon: float, axis_name: str | None,
     form: str | None = None,
 ) -> tuple[jax.Array, Vectors, Vectors]:  # fmt: skip
     """Returns `depthwise_block` of x with the batch's own statistics, and those statistics.
 
     Args:
-      factors: two arrays whose matrix product x is, (B, H, W, K) and (K, C), or None.
       axis_name: mesh axis over which the batch is split, or None.
       x, affine, weight, affine_after, stride, epsilon: as in `depthwise_block`.
       form: one of `forms.possible(x)`; None for the fastest one measured.
@@ -80,10 +75,7 @@ def depthwise_block_train(
         y = depthwise_conv(active, weight, stride, form)
         out, *after = batch_norm_train(y, *affine_after, True, epsilon, axis_name)
         return out, (mean, variance), (after[0], after[1])
-    if form == "kernels" and factors and x.shape[-1] >= MIN_EXPANSION * factors[0].shape[-1]:
-        statistics = product_statistics(*factors, axis_name)
-    else:
-        statistics = batch_statistics(x, axis_name)
+    statistics = batch_statistics(x, axis_name)
     norm = _rows(statistics, affine, epsilon)
     out, *after = _block(x, norm, weight, *affine_after, stride, epsilon, axis_name, form)
     return out, lax.stop_gradient(statistics), (after[0], after[1])
