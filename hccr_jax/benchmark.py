@@ -9,8 +9,8 @@ Examples:
   python -m hccr_jax.benchmark --config=configs/v2.py --suite=forms --output=forms.json
   python -m hccr_jax.benchmark --render=gpu.json,scaling.json
 
-Rows: train_step, train_step_augmented, forward, augment, train_loop, evaluation, data_reading,
-prepare. What does not fit into the device's memory gets a row that says so.
+Rows: train_loop, evaluation, data_reading, prepare, train_step, train_step_augmented, forward,
+augment. What does not fit into the device's memory gets a row that says so.
 
 With --peer=torch (pip install 'hccr_jax[peer]') PyTorch does the same work in turn with ours, in
 one process, so that a drift of the machine's speed hits both: eager, under torch.compile, and on a
@@ -177,13 +177,14 @@ def _measure(
         more = {"about": about | {"parameters": workloads.parameters} | common}
         if "varied" in point:
             more["varied"] = point["varied"]
-        peer = _create_peer(torch_peer, config, workloads) if torch_peer else None
+        peer = None
         for name in names:
             if name == "prepare" and point is not points[0]:
                 continue  # it knows no batches: once is enough
             _say(", ".join([name, *(f"{key} {value}" for key, value in about.items())]))
             makers = {name: getattr(workloads, name)}
-            if peer and name in PEER_ROWS:
+            if torch_peer and name in PEER_ROWS:
+                peer = peer or _create_peer(torch_peer, config, workloads)
                 for rung in values.rungs or torch_peer.RUNGS:
                     theirs = functools.partial(_theirs, peer, name, rung, batch_size)
                     makers[f"{name}/torch_{rung}"] = theirs
