@@ -7,7 +7,7 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from hccr_jax import optim, plots, sharding
 from hccr_jax.augment import make_augment
 from hccr_jax.bench import roofline
 from hccr_jax.bench.data import NAME, SyntheticData
-from hccr_jax.bench.timing import Workload, measure, repeated
+from hccr_jax.bench.timing import Run, Workload, measure, repeated
 from hccr_jax.checkpoint import Checkpoints
-from hccr_jax.data.input_pipeline import DeviceFeed, stream_batches
+from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import evaluate
 from hccr_jax.job import compute_dtype, create_job, create_network, steps_per_call
@@ -90,12 +90,19 @@ class Workloads:
         )
 
     def train_loop(self) -> Workload:
-        """The whole of `train.train`: data, augmentation, steps and logging, as it logs itself."""
+        """The whole of `train.train`: data, augmentation, steps and logging, as it logs itself.
+
+        Before each of its intervals, bare steps are timed, for comparison.
+        """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
         longest = steps_per_call(config)
         # At the speed of the roofline so many steps take as long as a repeat should.
-        every = max(longest, math.ceil(seconds * rates["fused"] / self.batch_size))
+        calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / longest))
+        every = calls * longest
+        bare = self.train_step()
+        assert bare.run
+        bare.run(1)
         total = every * (self._repeats + 1)
         config.update({"num_steps": total, "num_epochs": 0.0, "batch_size": self.batch_size})
         config.update({"log_every_steps": every, "checkpoint": {"every_steps": total}})
@@ -105,11 +112,24 @@ class Workloads:
             workdir, timeline = Path(name), Timeline()
             with Checkpoints(workdir / "checkpoints") as checkpoints:
                 job = _quiet(create_job)(config, timeline)
+                fields = {f.name: getattr(job.feed, f.name) for f in dataclasses.fields(Feed)}
+                feed = _FeedBesideBareSteps(**fields, feed=job.feed, run=bare.run, calls_each=calls)
+                job = dataclasses.replace(job, feed=feed)
                 _quiet(train)(job, workdir, checkpoints, timeline)
             logged = plots.read_metrics(workdir / "metrics.jsonl").values()
-        speeds = [row["images_per_second"] for row in logged]
-        # The first interval holds the first call.
-        return Workload(None, 0, roofline=rates["fused"], levels=rates, rates=speeds[1:])
+        images = every * self.batch_size
+        pairs = [  # an interval's seconds, those of the bare steps among them
+            (images / row["images_per_second"], beside)
+            for row, beside in zip(logged, feed.seconds, strict=True)
+        ][1:]  # the first interval holds the first call
+        return Workload(
+            None,
+            0,
+            roofline=rates["fused"],
+            levels=rates,
+            rates=[images / (whole - beside) for whole, beside in pairs],
+            of_bare_step=[beside / (whole - beside) for whole, beside in pairs],
+        )
 
     def evaluation(self) -> Workload:
         """A whole exact pass over some batches of a split that lies on disk."""
@@ -242,6 +262,25 @@ class Workloads:
     @functools.cached_property
     def _split(self) -> Split:
         return self.data.load(self.config.data.image_px, self.config.data.margin_px)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FeedBesideBareSteps(Feed):
+    """Another feed, but before each log interval bare training steps are run and timed."""
+
+    name = "benchmark"
+    feed: Feed
+    run: Run
+    calls_each: int
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
+        for number, call in enumerate(self.feed.calls(first_step, lengths)):
+            if number % self.calls_each == 0:  # the devices are idle: the loop has just logged
+                start = time.perf_counter()
+                self.run(self.calls_each)
+                self.seconds.append(time.perf_counter() - start)
+            yield call
 
 
 # The rows of the benchmark. First those that a peer has no part in: once it has started, its
