@@ -134,8 +134,9 @@ def test_batch_statistics_agree_with_float64(shape, mean):
 
 def test_the_variance_of_a_constant_is_zero():
     mean, variance = batch_statistics(jnp.full((7, 3, 3, 16), 1234.567, jnp.float32), None)
-    assert (mean == np.float32(1234.567)).all()
-    assert (variance == 0).all()
+    exact = native.available()  # XLA's own mean of equal values may be off in the last digit
+    np.testing.assert_allclose(mean, np.float32(1234.567), rtol=0 if exact else 1e-6)
+    np.testing.assert_allclose(variance, 0, atol=0 if exact else 1e-5)
 
 
 def plain_batch_norm(x, scale, bias, relu6):
@@ -405,7 +406,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot restrict a process here")
 def test_the_kernels_give_the_same_bits_every_time_and_on_any_number_of_threads():
-    native.available()  # so that the two processes need not both build the library
+    if not native.available():  # built now, so that the two processes need not both do it
+        pytest.skip("no C++ compiler here")
     core = min(os.sched_getaffinity(0))
     pin = f"import os; os.sched_setaffinity(0, {{{core}}})\n"
     both = [start(DIGEST), start(pin + DIGEST)]
