@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]
     ("flags", "message"),
     [
         ([], "--config is missing: for example --config=configs/quickstart.py"),
-        ([V1, "--rows=speed"], "--rows=speed: choose from train_step, train_step_augmented, "),
+        ([V1, "--rows=speed"], "--rows=speed: choose from train_loop, evaluation, "),
         ([V1, "--suite=scaling", "--rows=prepare"], "--rows=prepare: choose from train_step, "),
         ([V1, "--batch_size=many"], "--batch_size=many: must be a multiple of 4, the number of "),
         (
