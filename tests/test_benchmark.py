@@ -67,7 +67,7 @@ def rows_of(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
     for row in rows:
         assert set(row["about"]) == ABOUT
         if "error" not in row:
-            assert set(row) - {"roofline_levels", "of_bare_step"} == COLUMNS
+            assert set(row) - {"roofline_levels", "of_step"} == COLUMNS
             assert 0 < row["min"] <= row["images_per_second"] <= row["max"]
             assert row["repeats"] == 2
     return {row["row"]: row for row in rows}

@@ -85,8 +85,8 @@ def _columns(workload: Workload, rates: list[float], batch_size: int, limit: flo
         "peer": None,
         "ratio": None,
     }
-    if workload.of_bare_step:
-        row["of_bare_step"] = round(statistics.median(workload.of_bare_step), 3)
+    if workload.of_step:
+        row["of_step"] = round(statistics.median(workload.of_step), 3)
     if workload.levels:
         row["roofline_levels"] = {level: round(rate, 1) for level, rate in workload.levels.items()}
     return row

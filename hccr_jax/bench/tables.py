@@ -14,7 +14,7 @@ COLUMNS = (
     ("ms a step", "ms_per_step", "{:,.2f}"),
     ("PyTorch's best", "peer", "{}"),
     ("ratio", "ratio", "{:.2f}"),
-    ("of the bare step", "of_bare_step", "{:.2f}"),
+    ("of the step alone", "of_step", "{:.2f}"),
     ("roofline, images/s", "roofline_images_per_second", "{:,.0f}"),
     ("of roofline", "roofline_fraction", "{:.1%}"),
     ("memory, MiB", "peak_memory_mib", "{:,.0f}"),

@@ -22,7 +22,7 @@ class Workload:
       roofline: images a second at most, see `roofline.py`; None where there is no such limit.
       levels: the same in training at each level of fusion.
       rates: images a second, one figure a repeat, of what times itself.
-      of_bare_step: speed of what times itself, in shares of the bare step's just before.
+      of_step: speed of what times itself, in shares of the augmented step's just before.
       in_steps: whether it works batch by batch.
     """
 
@@ -33,7 +33,7 @@ class Workload:
     roofline: float | None = None
     levels: dict[str, float] | None = None
     rates: list[float] = dataclasses.field(default_factory=list)
-    of_bare_step: list[float] = dataclasses.field(default_factory=list)
+    of_step: list[float] = dataclasses.field(default_factory=list)
     in_steps: bool = True
 
 

@@ -92,7 +92,7 @@ class Workloads:
     def train_loop(self) -> Workload:
         """The whole of `train.train`: data, augmentation, steps and logging, as it logs itself.
 
-        Before each of its intervals, bare steps are timed, for comparison.
+        Before each of its intervals, the step alone, augmentation included, is timed for comparison.
         """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
@@ -100,9 +100,9 @@ class Workloads:
         # At the speed of the roofline so many steps take as long as a repeat should.
         calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / longest))
         every = calls * longest
-        bare = self.train_step()
-        assert bare.run
-        bare.run(1)
+        alone = self.train_step_augmented()
+        assert alone.run
+        alone.run(1)
         total = every * (self._repeats + 1)
         config.update({"num_steps": total, "num_epochs": 0.0, "batch_size": self.batch_size})
         config.update({"log_every_steps": every, "checkpoint": {"every_steps": total}})
@@ -113,12 +113,12 @@ class Workloads:
             with Checkpoints(workdir / "checkpoints") as checkpoints:
                 job = _quiet(create_job)(config, timeline)
                 fields = {f.name: getattr(job.feed, f.name) for f in dataclasses.fields(Feed)}
-                feed = _FeedBesideBareSteps(**fields, feed=job.feed, run=bare.run, calls_each=calls)
+                feed = _FeedBesideSteps(**fields, feed=job.feed, run=alone.run, calls_each=calls)
                 job = dataclasses.replace(job, feed=feed)
                 _quiet(train)(job, workdir, checkpoints, timeline)
             logged = plots.read_metrics(workdir / "metrics.jsonl").values()
         images = every * self.batch_size
-        pairs = [  # an interval's seconds, those of the bare steps among them
+        pairs = [  # an interval's seconds, those of the steps alone among them
             (images / row["images_per_second"], beside)
             for row, beside in zip(logged, feed.seconds, strict=True)
         ][1:]  # the first interval holds the first call
@@ -128,7 +128,7 @@ class Workloads:
             roofline=rates["fused"],
             levels=rates,
             rates=[images / (whole - beside) for whole, beside in pairs],
-            of_bare_step=[beside / (whole - beside) for whole, beside in pairs],
+            of_step=[beside / (whole - beside) for whole, beside in pairs],
         )
 
     def evaluation(self) -> Workload:
@@ -265,8 +265,8 @@ class Workloads:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FeedBesideBareSteps(Feed):
-    """Another feed, but before each log interval bare training steps are run and timed."""
+class _FeedBesideSteps(Feed):
+    """Another feed, but before each log interval training steps alone are run and timed."""
 
     name = "benchmark"
     feed: Feed
