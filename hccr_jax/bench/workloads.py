@@ -92,7 +92,7 @@ class Workloads:
     def train_loop(self) -> Workload:
         """The whole of `train.train`: data, augmentation, steps and logging, as it logs itself.
 
-        Before each of its intervals, the step alone, augmentation included, is timed for comparison.
+        Before each interval the step alone, augmentation included, is timed for comparison.
         """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
