@@ -1,7 +1,6 @@
 """A process before its first step: settings that must come before JAX starts, and a stopwatch."""
 
 import os
-import pathlib
 import time
 
 # XLA reads these when it starts; what the environment variable XLA_FLAGS holds comes after them and
@@ -41,7 +40,6 @@ def prepare_process() -> None:
 
     native.keep_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "hccr_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(native.cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

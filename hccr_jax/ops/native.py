@@ -65,6 +65,11 @@ def supports(x: jax.Array) -> bool:
     return fits and jax.default_backend() == "cpu" and available()
 
 
+def cache_folder() -> pathlib.Path:
+    """Returns the folder for what is compiled on this machine and can be compiled again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hccr_jax"
+
+
 def _build(compiler: str) -> pathlib.Path:
     """Returns the library for this source, compiler, processor and JAX; builds it if new."""
     version = subprocess.run(
@@ -72,7 +77,7 @@ def _build(compiler: str) -> pathlib.Path:
     ).stdout
     parts = (SOURCE.read_text(), version, _processor(), jax.__version__, " ".join(FLAGS))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hccr_jax"
+    cache = cache_folder()
     library = cache / f"cpu_kernels-{digest}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
