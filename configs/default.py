@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "mobilenet_v2"
     config.model.width = 1.0
+    config.model.stem_stride = 2  # 1: maps of twice the side, four times the arithmetic
     config.model.dropout_rate = 0.0
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     config.data.data_dir = "data"
     config.data.image_px = 64
     config.data.margin_px = 4  # free at each border
+    config.data.aspect = "keep"  # or "adaptive": elongated characters are brought nearer to square
     # The training split is read ahead on the host ("stream") or lies in the memory of every device
     # ("device"); the batches are the same. "auto": on accelerators where it takes at most half.
     config.data.placement = "auto"

@@ -163,7 +163,7 @@ def load(config: ConfigDict, split: str) -> Split:
     name = data.name
     if name == "strokes":
         name = prepare_strokes(data.data_dir, **data.strokes)
-    return load_split(name, data.data_dir, split, data.image_px, data.margin_px)
+    return load_split(name, data.data_dir, split, data.image_px, data.margin_px, data.aspect)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -31,6 +31,7 @@ from hccr_jax.train_step import row_keys, to_float
 
 SIGTERM_EXIT = 143
 SHEET_IMAGES = 24
+NORMAL_FORM = ("image_px", "margin_px", "aspect")  # the checkpoint's own, whatever the config says
 
 
 def train_and_evaluate(
@@ -102,7 +103,7 @@ def evaluate_checkpoint(
             )
         trained = checkpoints.about(step)["config"]
         config.model.update(trained["model"])
-        config.data.update({key: trained["data"][key] for key in ("image_px", "margin_px")})
+        config.data.update({key: trained["data"][key] for key in NORMAL_FORM})
         split = load(config, config.data.test_split)
         network = create_network(config, len(split.classes))
         workdir.mkdir(parents=True, exist_ok=True)

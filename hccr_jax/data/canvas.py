@@ -5,6 +5,7 @@ resize that differs between training and use costs more accuracy than any recipe
 """
 
 import functools
+import math
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def ink_box(bitmap: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 @functools.lru_cache(maxsize=8192)
-def resize_weights(length: int, side: int, image_px: int, margin_px: int) -> np.ndarray:
+def resize_weights(length: int, side: float, image_px: int, margin_px: int) -> np.ndarray:
     """Returns the float32 (image_px, length) matrix that resamples one axis.
 
     The axis holds `length` source pixels centred in a square of `side`; the square fills the output
@@ -46,13 +47,31 @@ def resize_weights(length: int, side: int, image_px: int, margin_px: int) -> np.
     return np.ascontiguousarray(weights[:, reach : reach + length], np.float32)
 
 
-def normal_form(bitmap: np.ndarray, image_px: int, margin_px: int) -> np.ndarray:
+def squared_aspect(aspect: float) -> float:
+    """Returns the shorter side over the longer after the "adaptive" rule, from that before.
+
+    √(sin(π/2 · aspect)): elongated characters come nearer to a square, thin ones stay thin.
+
+    Source: aspect-ratio adaptive normalisation, Liu, Nakashima, Sako and Fujisawa, "Handwritten
+    digit recognition: investigation of normalization and feature extraction techniques", Pattern
+    Recognition 37 (2004).
+
+    >>> [round(squared_aspect(aspect), 2) for aspect in (1.0, 0.5, 0.2, 0.05)]
+    [1.0, 0.84, 0.56, 0.28]
+    """
+    return math.sqrt(math.sin(math.pi / 2 * aspect))
+
+
+def normal_form(
+    bitmap: np.ndarray, image_px: int, margin_px: int, aspect: str = "keep"
+) -> np.ndarray:
     """Returns a character in normal form: cropped to its ink, centred, square, resized, inverted.
 
     Args:
       bitmap: uint8 (H, W) of any size, dark ink on paper of 255.
       image_px: side S of the result in pixels.
       margin_px: pixels left free at each border; the longer side of the ink fills the rest.
+      aspect: "keep", or "adaptive": the shorter side is stretched by `squared_aspect`.
 
     Returns:
       uint8 (S, S), ink high, paper 0. An image without ink gives zeros.
@@ -68,7 +87,11 @@ def normal_form(bitmap: np.ndarray, image_px: int, margin_px: int) -> np.ndarray
     top, bottom, left, right = box
     ink = np.subtract(PAPER, bitmap[top:bottom, left:right], dtype=np.float32)
     height, width = ink.shape
-    side = max(height, width)
-    rows = resize_weights(height, side, image_px, margin_px)
-    columns = resize_weights(width, side, image_px, margin_px)
+    side, short = max(height, width), min(height, width)
+    short_side: float = side
+    if aspect == "adaptive":
+        short_side = short / squared_aspect(short / side)
+    sides = (side, short_side) if height >= width else (short_side, side)
+    rows = resize_weights(height, sides[0], image_px, margin_px)
+    columns = resize_weights(width, sides[1], image_px, margin_px)
     return np.floor(rows @ ink @ columns.T + 0.5).astype(np.uint8)

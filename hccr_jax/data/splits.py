@@ -41,7 +41,14 @@ class Split:
     record_numbers: np.ndarray
 
 
-def load_split(name: str, data_dir: str | Path, split: str, image_px: int, margin_px: int) -> Split:
+def load_split(
+    name: str,
+    data_dir: str | Path,
+    split: str,
+    image_px: int,
+    margin_px: int,
+    aspect: str = "keep",
+) -> Split:
     """Returns a split of a prepared data set in normal form.
 
     The first call for a split, size and margin computes it on all cores and keeps it beside the
@@ -53,6 +60,7 @@ def load_split(name: str, data_dir: str | Path, split: str, image_px: int, margi
       split: "train", "validation", "test", or several joined by "+".
       image_px: side S of the images.
       margin_px: pixels left free at each border.
+      aspect: "keep" or "adaptive", see `canvas.normal_form`.
 
     Raises:
       InputError: the data set is missing or has no such split, or the margin leaves no image.
@@ -62,12 +70,12 @@ def load_split(name: str, data_dir: str | Path, split: str, image_px: int, margi
     manifest = store.read_manifest(name, data_dir)
     count = _count(manifest, split, name, data_dir)
     folder = store.dataset_folder(name, data_dir)
-    form = f"{split}-{image_px}px-{margin_px}margin"
+    form = f"{split}-{image_px}px-{margin_px}margin-{aspect}"
     cache = folder / "normal_form" / f"{form}-{_code_version()}"
     if not cache.exists():
         with store.exclusive(cache.parent / f"{form}.lock"):
             if not cache.exists():
-                _build(cache, folder, split, count, image_px, margin_px)
+                _build(cache, folder, split, count, image_px, margin_px, aspect)
                 _remove_other_versions(cache, form)
     names = json.loads((cache / "names.json").read_text("utf-8"))
     rows = np.load(cache / "rows.npy")
@@ -135,10 +143,17 @@ class _Task:
     stop: int
     images: Path
     margin_px: int
+    aspect: str
 
 
 def _build(
-    cache: Path, folder: Path, split: str, count: int, image_px: int, margin_px: int
+    cache: Path,
+    folder: Path,
+    split: str,
+    count: int,
+    image_px: int,
+    margin_px: int,
+    aspect: str,
 ) -> None:
     """Computes a split under another name and renames it once complete; the caller has the lock."""
     temporary = cache.with_name(f"{cache.name}.part")
@@ -148,7 +163,7 @@ def _build(
     images = temporary / "images.npy"
     np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=shape).flush()
     tasks = [
-        _Task(folder, split, start, min(start + _TASK_ROWS, count), images, margin_px)
+        _Task(folder, split, start, min(start + _TASK_ROWS, count), images, margin_px, aspect)
         for start in range(0, count, _TASK_ROWS)
     ]
     with WorkerPool() as pool:
@@ -185,7 +200,9 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
     for start in range(task.start, task.stop, _READ_ROWS):
         rows = range(start, min(start + _READ_ROWS, task.stop))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
-            images[row] = canvas.normal_form(record["image"], images.shape[1], task.margin_px)
+            images[row] = canvas.normal_form(
+                record["image"], images.shape[1], task.margin_px, task.aspect
+            )
             labels.append(record["label"])
             writers.append(record["writer"].decode())
             sources.append(record["source"].decode())

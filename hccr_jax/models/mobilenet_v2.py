@@ -23,6 +23,7 @@ class MobileNetV2(nnx.Module):
       num_classes: K.
       channels: of the images.
       width: multiplier of all channel counts; the head never has fewer than 1,280.
+      stem_stride: of the first convolution; 1 keeps every map at twice the side.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
       dtype: of the arithmetic; parameters and logits are float32.
@@ -32,12 +33,13 @@ class MobileNetV2(nnx.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, width: float = 1.0, dropout_rate: float = 0.0,
-        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
+        dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
+        dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
-        self.stem = ConvNorm(channels, current, 3, stride=2, **common)
+        self.stem = ConvNorm(channels, current, 3, stem_stride, **common)
         blocks = []
         for expansion, stage_channels, repeats, first_stride in STAGES:
             following = scaled_channels(stage_channels, width)
