@@ -13,6 +13,9 @@ def get_config() -> ConfigDict:
     # The length of the run: one is positive, the other 0.
     config.num_steps = 0
     config.num_epochs = 0.0
+    # A run whose best weights to start from, or its folder checkpoints; "" for none. The classes'
+    # weights are taken over character by character.
+    config.init_from = ""
     config.batch_size = 256  # over all devices
     # The batch in so many parts, one after the other, where it does not fit in memory at once; each
     # part has batch-norm statistics of its own.
@@ -58,6 +61,8 @@ def get_config() -> ConfigDict:
     config.augment.zoom = 0.0
     config.augment.shear = 0.0
     config.augment.shift_px = 0.0
+    config.augment.elastic_px = 0.0
+    config.augment.stroke_width = 0.0
     config.augment.erase_prob = 0.0
     config.augment.erase_max_side = 0.3
     config.augment.noise_std = 0.0

@@ -23,8 +23,9 @@ from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, Network, create_job, create_network, load
+from hccr_jax.job import Job, create_job, load
 from hccr_jax.metrics import MetricsWriter
+from hccr_jax.network import Network, create_network
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
