@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.name = "mobilenet_v2"
     config.model.width = 1.0
     config.model.stem_stride = 2  # 1: maps of twice the side, four times the arithmetic
+    config.model.last_stride = 2  # 1: the last maps of twice the side
     config.model.dropout_rate = 0.0
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
@@ -84,6 +85,8 @@ def get_config() -> ConfigDict:
     config.optimizer.end_learning_rate = 0.0  # of the cosine
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 0.0  # 0: no clipping
+    # Evaluates with a moving average of the weights, whose past weighs so much. 0: none.
+    config.optimizer.average_decay = 0.0
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000

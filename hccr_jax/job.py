@@ -98,11 +98,14 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         label_smoothing=config.loss.label_smoothing,
         batch_norm_momentum=config.model.batch_norm_momentum,
         accumulation_steps=config.gradient_accumulation_steps,
+        average_decay=options.average_decay,
     )
     longest = steps_per_call(config)
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
-    state = create_train_state(network.params, network.batch_stats, optimizer)
+    state = create_train_state(
+        network.params, network.batch_stats, optimizer, options.average_decay > 0
+    )
     state = jax.device_put(state, sharding.replicated(network.mesh))
     timeline.lap("network")
     return Job(

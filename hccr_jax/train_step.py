@@ -38,6 +38,17 @@ def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: flo
     return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
 
 
+def average_params(averages: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Returns the moving average of the parameters after one more step.
+
+    The weight of the past is min(decay, (t + 1) / (t + 10)) at step t, so that the initial weights
+    are soon forgotten.
+    """
+    t = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (t + 1.0) / (t + 10.0))
+    return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, params)
+
+
 def row_keys(seed: int, stream: int, step: jax.Array, rows: int) -> jax.Array:
     """Returns one key (B,) for each row of a step's global batch.
 
@@ -62,6 +73,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     batch_norm_momentum: float = 0.9997,
     accumulation_steps: int = 1,
+    average_decay: float = 0.0,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
@@ -76,6 +88,7 @@ def make_train_step(
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
+      average_decay: of the moving average of the parameters, where the state has one.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
@@ -127,7 +140,10 @@ def make_train_step(
             "accuracy": correct,
             "gradient_norm": optax.tree.norm(gradients),
         }
-        return TrainState(state.step + 1, params, averages, opt_state), metrics
+        average = state.average_params
+        if average is not None:
+            average = average_params(average, params, state.step, average_decay)
+        return TrainState(state.step + 1, params, averages, opt_state, average), metrics
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     sharded_step = jax.shard_map(
