@@ -96,6 +96,10 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 0  # 0: once an epoch
     config.eval.batch_size = 256
+    # The network sees each image under so many slight turns and zooms, and in every mirroring; its
+    # log-probabilities are averaged. Each view costs a pass.
+    config.eval.views = 1
+    config.eval.flip_views = False
     # Before an evaluation, batch-norm statistics are taken anew from this many training batches
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
     # then swings by tens of points. 0: the running averages as they are.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
 NUM_DRAWS = 17
@@ -95,6 +96,19 @@ def make_augment(
         return warped
 
     return augment
+
+
+def test_views(count: int, flips: bool) -> np.ndarray:
+    """Returns the maps under which one image is seen at test time, float32 (V, 2, 2) for `warp`.
+
+    Args:
+      count: the first so many of: as it is, turned by 6° either way, smaller by 8 %, larger by 8 %.
+      flips: each of them as it is, mirrored along either axis, and along both.
+    """
+    turn = [np.asarray(rotation_matrix(jnp.deg2rad(angle))) for angle in (6.0, -6.0)]
+    maps = np.stack([np.eye(2), *turn, np.eye(2) * 0.92, np.eye(2) * 1.08])[:count]
+    mirrors = [np.diag([x, y]) for x in (1, -1) for y in (1, -1)] if flips else [np.eye(2)]
+    return np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
 
 
 def rotation_matrix(angle: jax.Array) -> jax.Array:

@@ -109,6 +109,8 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_best": _COUNT,
     "eval.every_steps": Rule(int, 0),
     "eval.batch_size": _COUNT,
+    "eval.views": Rule(int, 1, 5),
+    "eval.flip_views": Rule(bool),
     "eval.batch_norm_batches": Rule(int, 0, 100_000),
 }
 

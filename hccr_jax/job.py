@@ -73,7 +73,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
     if config.init_from:
-        network = start_from(network, train.classes, load_pretrained(config.init_from))
+        network = start_from(network, train.classes, load_pretrained(config.init_from, config))
     factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
     schedule = optim.make_schedule(
         options.schedule,

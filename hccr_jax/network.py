@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hccr_jax import sharding
+from hccr_jax.augment import test_views
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.train_state import INIT, stream_key
 from hccr_jax.train_step import make_eval_step
@@ -46,7 +47,11 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     apply, *initial = split_model(model)
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
     summary, _ = summarize(model, config.data.image_px)
-    return Network(mesh, apply, make_eval_step(apply, mesh), params, batch_stats, summary)
+    views = None
+    if config.eval.views > 1 or config.eval.flip_views:
+        views = test_views(config.eval.views, config.eval.flip_views)
+    eval_step = make_eval_step(apply, mesh, views=views)
+    return Network(mesh, apply, eval_step, params, batch_stats, summary)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -13,6 +13,8 @@ from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.errors import InputError
 from hccr_jax.network import Network, create_network
 
+NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -21,7 +23,7 @@ class Pretrained:
     Attributes:
       network: with the trained parameters and the batch statistics to evaluate with.
       classes: the characters, in the order of the logits.
-      config: of the run that trained it.
+      config: the one asked for, with the network and the normal form of the run that trained it.
       step: that the weights are of.
       validation: the scores that chose the step; empty where nothing was validated.
       source: the folder of the checkpoint.
@@ -35,11 +37,12 @@ class Pretrained:
     source: Path
 
 
-def load_pretrained(path: str | Path) -> Pretrained:
+def load_pretrained(path: str | Path, config: ConfigDict) -> Pretrained:
     """Returns the network of the best step of a run.
 
     Args:
       path: folder of a run, or its folder checkpoints.
+      config: how to use it; the network and the images' normal form are the run's own.
 
     Raises:
       InputError: there is no such folder, or no whole checkpoint in it.
@@ -58,15 +61,18 @@ def load_pretrained(path: str | Path) -> Pretrained:
                 f"saved one, or its folder checkpoints"
             )
         about = checkpoints.about(step)
-        config, classes = ConfigDict(about["config"]), tuple(about["classes"])
+        trained, classes = about["config"], tuple(about["classes"])
+        config = config.copy_and_resolve_references()
+        config.model.update(trained["model"])
+        config.data.update({key: trained["data"].get(key, config.data[key]) for key in NORMAL_FORM})
         network = create_network(config, len(classes))
         like = {"params": network.params, "eval_batch_stats": network.batch_stats}
         items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
-        trained = dataclasses.replace(
+        network = dataclasses.replace(
             network, params=items["params"], batch_stats=items["eval_batch_stats"]
         )
         scores = checkpoints.metrics(step)
-    return Pretrained(trained, classes, config, step, scores, folder / str(step))
+    return Pretrained(network, classes, config, step, scores, folder / str(step))
 
 
 def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained) -> Network:

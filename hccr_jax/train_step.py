@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax import losses, sharding
+from hccr_jax.augment import warp
 from hccr_jax.models.registry import Apply
 from hccr_jax.sharding import DATA_AXIS
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, stream_key
@@ -199,7 +201,7 @@ def make_train_call(
 
 
 def make_eval_step(
-    apply: Apply, mesh: Mesh, num_candidates: int = 5
+    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: np.ndarray | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the jitted evaluation step.
 
@@ -207,6 +209,8 @@ def make_eval_step(
       apply: the network.
       mesh: from `sharding.create_mesh`.
       num_candidates: N best classes to return.
+      views: float32 (V, 2, 2) from `augment.test_views`; the network sees each image under all of
+        these maps, and the mean of its log-probabilities counts. None for the image alone.
 
     Returns:
       step(params, batch_stats, images uint8 (B, S, S), labels (B,)) -> (loss float32 (B,), classes
@@ -214,7 +218,13 @@ def make_eval_step(
     """
 
     def local_step(params, batch_stats, images, labels):
-        logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+        seen = to_float(images)
+        if views is not None:
+            maps = jnp.repeat(jnp.asarray(views), len(images), axis=0)
+            seen = warp(jnp.tile(seen, (len(views), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
+        logits, _ = apply(params, batch_stats, seen[..., None])
+        if views is not None:
+            logits = jax.nn.log_softmax(logits).reshape(len(views), len(images), -1).mean(0)
         scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
         probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
         results = losses.cross_entropy(logits, labels), classes, probabilities
