@@ -16,14 +16,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, report, sharding
+from hccr_jax import plots, report, robustness, sharding
 from hccr_jax.checkpoint import Checkpoints, check_classes
+from hccr_jax.data.distortions import Source
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, Network, create_job, create_network, load
+from hccr_jax.job import Job, Network, create_job, create_network, dataset_name, load
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
@@ -229,14 +230,34 @@ def _report(
     like = {"params": network.params, "eval_batch_stats": network.batch_stats}
     items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
     params, statistics = items["params"], items["eval_batch_stats"]
-    answers = evaluate(
-        network.eval_step, params, statistics, split, config.eval.batch_size, network.mesh
-    )
+
+    def answer(split: Split) -> Evaluation:
+        size = config.eval.batch_size
+        return evaluate(network.eval_step, params, statistics, split, size, network.mesh)
+
+    answers = answer(split)
     results = {"step": step, "split": config.data.test_split, **answers.summary()}
     if validated := checkpoints.metrics(step):
         results["validation_top1"] = validated["top1"]
+    results |= _evaluate_distorted(config, answer, split, workdir)
     if jax.process_index() == 0:
         _write_results(workdir, results, answers, split)
+    return results
+
+
+def _evaluate_distorted(
+    config: ConfigDict, answer: robustness.Answer, split: Split, workdir: Path
+) -> dict[str, Any]:
+    """Returns the results on distorted test images, those that the config asks for."""
+    data, options, results = config.data, config.eval, {}
+    form = [data[key] for key in NORMAL_FORM]
+    source = Source(dataset_name(config), data.data_dir, data.test_split, *form)
+    if options.paper_protocol:
+        results["paper_protocol"] = robustness.evaluate_paper_protocol(answer, split, source)
+    if options.robustness:
+        results["robustness"] = robustness.evaluate_robustness(
+            answer, split, source, options.robustness_images, workdir
+        )
     return results
 
 
@@ -257,8 +278,12 @@ def _write_results(
     page = report.write_report(workdir)
     print(
         f"{results['split']}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, "
-        f"{results['count']:,} characters, step {results['step']:,}\nreport: {page}"
+        f"{results['count']:,} characters, step {results['step']:,}"
     )
+    if sets := results.get("robustness"):
+        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in report.PAPER_ROBUSTNESS)
+        print(f"distorted: top-1 {scores}")
+    print(f"report: {page}")
 
 
 def _write_augmented_sheet(job: Job, workdir: Path) -> None:
