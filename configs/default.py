@@ -104,4 +104,10 @@ def get_config() -> ConfigDict:
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
     # then swings by tens of points. 0: the running averages as they are.
     config.eval.batch_norm_batches = 20
+    # The last evaluation also on distorted test images: the paper's sets of rotated, flipped and
+    # resized ones and curves against the angle and the aspect; and the test split as the authors'
+    # own script read it, every image flipped and turned at random.
+    config.eval.robustness = False
+    config.eval.robustness_images = 3000  # in each set; 0: the whole split
+    config.eval.paper_protocol = False
     return config

@@ -112,6 +112,9 @@ RULES: dict[str, Rule] = {
     "eval.views": Rule(int, 1, 5),
     "eval.flip_views": Rule(bool),
     "eval.batch_norm_batches": Rule(int, 0, 100_000),
+    "eval.robustness": Rule(bool),
+    "eval.robustness_images": Rule(int, 0),
+    "eval.paper_protocol": Rule(bool),
 }
 
 # A resume may change these: they leave the run's course as it was.

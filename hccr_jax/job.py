@@ -126,12 +126,15 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     )
 
 
-def load(config: ConfigDict, split: str) -> Split:
-    """Returns a split in normal form, making the embedded data set where it is asked for."""
+def dataset_name(config: ConfigDict) -> str:
+    """Returns the data set's name, making the embedded one where it is asked for."""
     data = config.data
-    name = data.name
-    if name == "strokes":
-        name = prepare_strokes(data.data_dir, **data.strokes)
+    return prepare_strokes(data.data_dir, **data.strokes) if data.name == "strokes" else data.name
+
+
+def load(config: ConfigDict, split: str) -> Split:
+    """Returns a split in normal form."""
+    data, name = config.data, dataset_name(config)
     return load_split(name, data.data_dir, split, data.image_px, data.margin_px, data.aspect)
 
 

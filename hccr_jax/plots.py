@@ -1,25 +1,33 @@
-"""The pictures of a run: training curves, augmented examples, worst mistakes.
+"""The pictures of a run: training curves, augmented examples, worst mistakes, distorted images.
 
 Characters are drawn from their stroke medians, never set in a font: a server seldom has a Chinese
 one.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from hccr_jax.data import strokes
 
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#e07b00", "#2e8b57", "#c8453b"
 INK, QUIET, RULE = "#22262b", "#6b737c", "#d9dde2"
 GLYPH_PX = 64
+PAIR_SIZE, MISTAKE_SIZE = (250, 112), (340, 150)  # of a cell of a sheet: width, height
 DPI = 150
 
 
@@ -104,14 +112,12 @@ def write_augmented_sheet(
       classes: the characters, in class order.
       columns: pairs in a row.
     """
-    width, height, side = 250, 112, 96
+    width, height = PAIR_SIZE
     rows = -(-len(before) // columns)
     figure, axes = _sheet(columns * width, rows * height, "As stored, and as the network saw it")
     for index, (plain, warped, label) in enumerate(zip(before, after, labels, strict=True)):
         x, y = index % columns * width, index // columns * height
-        _draw_character(axes, classes[int(label)], x, y + 32, 32, INK)
-        _draw_image(axes, plain, x + 40, y, side)
-        _draw_image(axes, warped, x + 44 + side, y, side)
+        _draw_pair(axes, classes[int(label)], plain, warped, x, y)
     return _save(figure, workdir, "augmented")
 
 
@@ -162,18 +168,115 @@ def write_mistakes(
     if not worst.size:
         (Path(workdir) / "plots" / "mistakes.png").unlink(missing_ok=True)
         return None
-    columns, width, height = 3, 340, 150
+    columns, (width, height) = 3, MISTAKE_SIZE
     rows = -(-len(worst) // columns)
     title = f"Surest mistakes: {len(worst)} of {len(wrong):,} (true character in green)"
     figure, axes = _sheet(columns * width, rows * height, title)
     for index, item in enumerate(worst):
         x, y = index % columns * width, index // columns * height
-        _draw_image(axes, images[item], x, y, 96)
-        _draw_character(axes, classes[int(labels[item])], x + 32, y + 102, 32, GREEN)
-        for rank, (guess, p) in enumerate(zip(top5_classes[item], confidence[item], strict=True)):
-            colour = GREEN if guess == labels[item] else RED if rank == 0 else QUIET
-            _draw_candidate(axes, classes[int(guess)], float(p), x + 108, y + 27 * rank, colour)
+        answers = zip(top5_classes[item], confidence[item], strict=True)
+        _draw_mistake(axes, images[item], int(labels[item]), answers, classes, x, y)
     return _save(figure, workdir, "mistakes")
+
+
+def write_distorted_sheet(
+    workdir: str | Path,
+    sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    *,
+    columns: int = 4,
+) -> Path:
+    """Draws images beside what distortions made of them, set by set.
+
+    Args:
+      workdir: the run's folder; the sheet becomes `plots/robustness_sets.png` there.
+      sets: by name: images before and after, uint8 (N, S, S), ink high, and labels int (N,).
+      classes: the characters, in class order.
+      columns: pairs in a row.
+    """
+
+    def cell(axes: Axes, item: Any, x: float, y: float) -> None:
+        before, after, label = item
+        _draw_pair(axes, classes[int(label)], before, after, x, y)
+
+    groups = {name: list(zip(*arrays, strict=True)) for name, arrays in sets.items()}
+    title = "Undistorted and distorted, both in normal form"
+    figure = _grouped_sheet(title, groups, cell, columns, PAIR_SIZE)
+    return _save(figure, workdir, "robustness_sets")
+
+
+class Failures(NamedTuple):
+    """Some wrong answers of a set of images, out of `total`: arrays as in `write_mistakes`."""
+
+    total: int
+    images: np.ndarray
+    labels: np.ndarray
+    candidates: np.ndarray
+    probabilities: np.ndarray
+
+
+def write_failures(
+    workdir: str | Path,
+    sets: Mapping[str, Failures],
+    classes: Sequence[str],
+    *,
+    columns: int = 3,
+) -> Path:
+    """Draws wrong answers with their candidates, set by set.
+
+    Args:
+      workdir: the run's folder; the sheet becomes `plots/robustness_failures.png` there.
+      sets: by name.
+      classes: the characters, in class order.
+      columns: mistakes in a row.
+    """
+
+    def cell(axes: Axes, item: Any, x: float, y: float) -> None:
+        image, label, candidates, probabilities = item
+        answers = zip(candidates, probabilities, strict=True)
+        _draw_mistake(axes, image, int(label), answers, classes, x, y)
+
+    groups = {
+        f"{name}: {len(failures.labels)} of {failures.total:,}": list(
+            zip(*failures[1:], strict=True)
+        )
+        for name, failures in sets.items()
+    }
+    title = "Surest mistakes on distorted images (true character in green)"
+    figure = _grouped_sheet(title, groups, cell, columns, MISTAKE_SIZE)
+    return _save(figure, workdir, "robustness_failures")
+
+
+def write_robustness(workdir: str | Path, curves: Mapping[str, Any]) -> Path:
+    """Draws accuracy against the angle and against the aspect.
+
+    Args:
+      workdir: the run's folder; the picture becomes `plots/robustness.png` there.
+      curves: as `robustness.evaluate_robustness` returns them.
+    """
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, curve, varied, label in zip(
+        panels,
+        (curves["rotation"], curves["aspect"]),
+        ("angle_deg", "factor"),
+        ("rotation in degrees, counter-clockwise", "factor on width over height"),
+        strict=True,
+    ):
+        for key, name, colour in (("top5", "top 5", GREEN), ("top1", "top 1", ORANGE)):
+            axes.plot(curve[varied], curve[key], "o-", color=colour, linewidth=2, label=name)
+        axes.set_xlabel(label, fontsize=13, color=QUIET)
+        _dress(axes)
+    panels[0].xaxis.set_major_locator(MultipleLocator(20))
+    panels[1].set_xscale("log")
+    panels[1].set_xticks([0.2, 0.5, 1, 2, 5], ["1/5", "1/2", "1", "2", "5"])
+    panels[1].xaxis.set_minor_locator(NullLocator())
+    panels[0].set_ylim(0, 1.02)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    title = f"Accuracy on distorted images ({curves['images']:,} at each point)"
+    panels[0].set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK)
+    panels[0].legend(fontsize=12, frameon=False, labelcolor=INK)
+    return _save(figure, workdir, "robustness")
 
 
 def _series(rows: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -200,14 +303,19 @@ def _curve_figure(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]]) 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=13, color=QUIET)
+    _dress(axes)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize=12, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _dress(axes: Axes) -> None:
+    """Gives a curve's axes their quiet look."""
     axes.tick_params(labelsize=12, colors=QUIET, length=0)
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(fontsize=12, frameon=False, labelcolor=INK)
-    return figure
 
 
 def _plot_training(axes: Axes, key: str, steps: np.ndarray, values: np.ndarray) -> None:
@@ -242,6 +350,52 @@ def _sheet(width: int, height: int, title: str) -> tuple[Figure, Axes]:
     axes.set_ylim(height + edge, -head)
     axes.text(0, -head / 2, title, fontsize=13, fontweight="bold", color=INK, va="center")
     return figure, axes
+
+
+def _grouped_sheet(
+    title: str,
+    groups: Mapping[str, Sequence[Any]],
+    cell: Callable[[Axes, Any, float, float], None],
+    columns: int,
+    size: tuple[int, int],
+) -> Figure:
+    """Returns a sheet of cells of one size (width, height), each group under its name."""
+    (width, height), head = size, 32
+    heights = [head + -(-len(items) // columns) * height for items in groups.values()]
+    figure, axes = _sheet(columns * width, sum(heights), title)
+    for top, (name, items) in zip(np.cumsum([0, *heights]), groups.items(), strict=False):
+        axes.text(0, top + head / 2, name, fontsize=11, color=INK, va="center")
+        for index, item in enumerate(items):
+            x, y = index % columns * width, top + head + index // columns * height
+            cell(axes, item, x, y)
+    return figure
+
+
+def _draw_pair(
+    axes: Axes, character: str, before: np.ndarray, after: np.ndarray, x: float, y: float
+) -> None:
+    side = 96
+    _draw_character(axes, character, x, y + 32, 32, INK)
+    _draw_image(axes, before, x + 40, y, side)
+    _draw_image(axes, after, x + 44 + side, y, side)
+
+
+def _draw_mistake(
+    axes: Axes,
+    image: np.ndarray,
+    label: int,
+    answers: Iterable[tuple[Any, Any]],
+    classes: Sequence[str],
+    x: float,
+    y: float,
+) -> None:
+    """Draws an image, its true character and the answers (class, probability), best first."""
+    _draw_image(axes, image, x, y, 96)
+    _draw_character(axes, classes[label], x + 32, y + 102, 32, GREEN)
+    for rank, (guess, probability) in enumerate(answers):
+        colour = GREEN if guess == label else RED if rank == 0 else QUIET
+        place = x + 108, y + 27 * rank
+        _draw_candidate(axes, classes[int(guess)], float(probability), *place, colour)
 
 
 def _draw_image(axes: Axes, image: np.ndarray, x: float, y: float, side: float) -> None:

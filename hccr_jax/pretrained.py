@@ -37,12 +37,15 @@ class Pretrained:
     source: Path
 
 
-def load_pretrained(path: str | Path, config: ConfigDict) -> Pretrained:
+def load_pretrained(
+    path: str | Path, config: ConfigDict, network: Network | None = None
+) -> Pretrained:
     """Returns the network of the best step of a run.
 
     Args:
       path: folder of a run, or its folder checkpoints.
       config: how to use it; the network and the images' normal form are the run's own.
+      network: of that run, where it is at hand, compiled.
 
     Raises:
       InputError: there is no such folder, or no whole checkpoint in it.
@@ -65,7 +68,7 @@ def load_pretrained(path: str | Path, config: ConfigDict) -> Pretrained:
         config = config.copy_and_resolve_references()
         config.model.update(trained["model"])
         config.data.update({key: trained["data"].get(key, config.data[key]) for key in NORMAL_FORM})
-        network = create_network(config, len(classes))
+        network = network or create_network(config, len(classes))
         like = {"params": network.params, "eval_batch_stats": network.batch_stats}
         items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
         network = dataclasses.replace(

@@ -16,23 +16,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, report, sharding
+from hccr_jax import plots, report, robustness, sharding
 from hccr_jax.checkpoint import Checkpoints, check_classes
+from hccr_jax.data.distortions import Source
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, create_job, load
+from hccr_jax.job import Job, create_job, dataset_name, load
 from hccr_jax.metrics import MetricsWriter
-from hccr_jax.network import Network, create_network
+from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
 
 SIGTERM_EXIT = 143
 SHEET_IMAGES = 24
-NORMAL_FORM = ("image_px", "margin_px", "aspect")  # the checkpoint's own, whatever the config says
 
 
 def train_and_evaluate(
@@ -68,7 +68,7 @@ def train_and_evaluate(
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
     with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
         train(job, workdir, checkpoints, timeline)
-        return _report(config, job.network, job.test, workdir, checkpoints)
+    return _report(load_pretrained(workdir, config, job.network), job.test, workdir)
 
 
 def evaluate_checkpoint(
@@ -87,28 +87,12 @@ def evaluate_checkpoint(
     Raises:
       InputError: there is no checkpoint, or it was trained on another class list.
     """
-    folder = Path(checkpoint).expanduser() if checkpoint else workdir
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder; give the --workdir of a run, or --checkpoint=FOLDER"
-        )
     _check_workdir(workdir)
     config_lib.check_devices(config, jax.device_count())
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.best_step()
-        if step is None:
-            raise InputError(
-                f"{folder}: no checkpoint in this folder; give the --workdir of a run that has "
-                f"saved one, or its folder checkpoints as --checkpoint"
-            )
-        trained = checkpoints.about(step)["config"]
-        config.model.update(trained["model"])
-        config.data.update({key: trained["data"][key] for key in NORMAL_FORM})
-        split = load(config, config.data.test_split)
-        network = create_network(config, len(split.classes))
-        workdir.mkdir(parents=True, exist_ok=True)
-        return _report(config, network, split, workdir, checkpoints)
+    pretrained = load_pretrained(checkpoint or workdir, config)
+    split = load(pretrained.config, config.data.test_split)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return _report(pretrained, split, workdir)
 
 
 def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
@@ -225,24 +209,38 @@ def _validate(job: Job, state: TrainState, statistics: Any) -> dict[str, float]:
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 
 
-def _report(
-    config: ConfigDict, network: Network, split: Split, workdir: Path, checkpoints: Checkpoints
-) -> dict[str, Any]:
-    """Evaluates the best step on the test split and writes everything that a person looks at."""
-    step = checkpoints.best_step()
-    assert step is not None  # a run ends with an evaluation, which is saved
-    check_classes(checkpoints.about(step)["classes"], split.classes, checkpoints.folder / str(step))
-    like = {"params": network.params, "eval_batch_stats": network.batch_stats}
-    items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
-    params, statistics = items["params"], items["eval_batch_stats"]
-    answers = evaluate(
-        network.eval_step, params, statistics, split, config.eval.batch_size, network.mesh
-    )
-    results = {"step": step, "split": config.data.test_split, **answers.summary()}
-    if validated := checkpoints.metrics(step):
-        results["validation_top1"] = validated["top1"]
+def _report(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
+    """Evaluates on the test split and writes everything that a person looks at."""
+    network, config = pretrained.network, pretrained.config
+    check_classes(pretrained.classes, split.classes, pretrained.source)
+
+    def answer(split: Split) -> Evaluation:
+        variables, size = (network.params, network.batch_stats), config.eval.batch_size
+        return evaluate(network.eval_step, *variables, split, size, network.mesh)
+
+    answers = answer(split)
+    results = {"step": pretrained.step, "split": config.data.test_split, **answers.summary()}
+    if pretrained.validation:
+        results["validation_top1"] = pretrained.validation["top1"]
+    results |= _evaluate_distorted(config, answer, split, workdir)
     if jax.process_index() == 0:
         _write_results(workdir, results, answers, split)
+    return results
+
+
+def _evaluate_distorted(
+    config: ConfigDict, answer: robustness.Answer, split: Split, workdir: Path
+) -> dict[str, Any]:
+    """Returns the results on distorted test images, those that the config asks for."""
+    data, options, results = config.data, config.eval, {}
+    form = [data[key] for key in NORMAL_FORM]
+    source = Source(dataset_name(config), data.data_dir, data.test_split, *form)
+    if options.paper_protocol:
+        results["paper_protocol"] = robustness.evaluate_paper_protocol(answer, split, source)
+    if options.robustness:
+        results["robustness"] = robustness.evaluate_robustness(
+            answer, split, source, options.robustness_images, workdir
+        )
     return results
 
 
@@ -263,8 +261,12 @@ def _write_results(
     page = report.write_report(workdir)
     print(
         f"{results['split']}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, "
-        f"{results['count']:,} characters, step {results['step']:,}\nreport: {page}"
+        f"{results['count']:,} characters, step {results['step']:,}"
     )
+    if sets := results.get("robustness"):
+        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in report.PAPER_ROBUSTNESS)
+        print(f"distorted: top-1 {scores}")
+    print(f"report: {page}")
 
 
 def _write_augmented_sheet(job: Job, workdir: Path) -> None:
