@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from hccr_jax import main
+from hccr_jax import main, report
 
 ROOT = Path(__file__).parents[1]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
@@ -252,6 +252,41 @@ def test_evaluation_gives_the_numbers_of_the_training_run(
     assert (tmp_path / "new" / "report.html").is_file()
     assert (trained / "eval.json").read_text() == expected
     assert tree(trained / "checkpoints") == checkpoints
+
+
+def test_evaluation_on_distorted_images(tiny_job: list[str], trained: Path, tmp_path: Path) -> None:
+    flags = ["main", *tiny_job, "--mode=eval", f"--checkpoint={trained}", f"--workdir={tmp_path}"]
+    asked = ["--config.eval.robustness=True", "--config.eval.paper_protocol=True"]
+    assert main.main([*flags, *asked, "--config.eval.robustness_images=0"]) == 0
+    results = json.loads((tmp_path / "eval.json").read_text())
+    robustness = results["robustness"]
+    assert results["count"] == results["paper_protocol"]["count"] == robustness["images"] == 24
+    assert [robustness[name]["count"] for name in ("rotation", "flip", "resize")] == [24] * 3
+    assert robustness["all"]["count"] == 72
+    for score in ("top1", "top5", "loss"):
+        mean = np.mean([robustness[name][score] for name in ("rotation", "flip", "resize")])
+        assert robustness["all"][score] == pytest.approx(mean)
+    # Where a curve distorts nothing, and has every image, it meets the plain test.
+    curves = robustness["curves"]
+    assert curves["images"] == 24
+    for curve, varied, nothing in (("rotation", "angle_deg", 0), ("aspect", "factor", 1.0)):
+        place = curves[curve][varied].index(nothing)
+        for score in ("top1", "top5"):
+            assert curves[curve][score][place] == results[score]
+            assert len(curves[curve][score]) == len(curves[curve][varied])
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for shown in ("Distorted images", "85.03 %", "65.97 %", "Top-1, flipped and turned"):
+        assert shown in page
+    for name in ("robustness", "robustness_sets", "robustness_failures"):
+        assert report.PLOTS[name] in page
+
+    # An evaluation without them shows nothing of the one before.
+    assert main.main(flags) == 0
+    assert (
+        not {"robustness", "paper_protocol"}
+        & json.loads((tmp_path / "eval.json").read_text()).keys()
+    )
+    assert "istorted" not in (tmp_path / "report.html").read_text("utf-8").split("Config")[0]
 
 
 def test_one_device_and_four_learn_the_same(

@@ -21,6 +21,8 @@ class WorkerPool:
     """Processes on all cores, as a context manager; leaving it drops what has not begun."""
 
     def __init__(self) -> None:
+        # Workers inherit it. With one on every core, NumPy's own threads would wait for one another.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Threads of jax or of the record reader do not survive a fork, so the pool spawns.
         context = multiprocessing.get_context("spawn")
         self._counter = context.Value("q", 0)
