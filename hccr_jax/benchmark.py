@@ -45,7 +45,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from flax import nnx
 from ml_collections import ConfigDict
 
 from hccr_jax import cli, sharding
@@ -58,8 +57,7 @@ from hccr_jax.bench.workloads import ROWS, Workloads
 from hccr_jax.data import charset
 from hccr_jax.data.workers import cpu_count
 from hccr_jax.errors import InputError
-from hccr_jax.models.registry import create_model
-from hccr_jax.network import compute_dtype
+from hccr_jax.network import compute_dtype, create_module
 from hccr_jax.startup import prepare_process
 
 PEER_ROWS = ("train_step", "train_step_augmented", "forward", "augment")
@@ -129,6 +127,10 @@ def _run(values: flags.FlagValues) -> None:
     torch_peer = _import_peer() if values.peer or values.suite in ("gpu", "cpu") else None
     if torch_peer:
         _check_choice("rungs", values.rungs or (), torch_peer.RUNGS)
+        if not values.config.model.name.startswith("mobilenet"):
+            raise InputError(
+                f"--peer=torch: there is no {values.config.model.name} to compare with"
+            )
         # Or JAX would take most of a GPU's memory for itself as it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     prepare_process()
@@ -203,8 +205,7 @@ def _measure(
 
 def _time_forms(values: flags.FlagValues, point: Row, common: Row, seconds: float) -> Iterator[Row]:
     """Yields a row for each form of each kind of depthwise layer."""
-    width, size = point["width"], point["batch_size"]
-    model = create_model(common["model"], num_classes=2, width=width, rngs=nnx.Rngs(0))
+    size, model = point["batch_size"], create_module(values.config, num_classes=2)
     dtype = compute_dtype(values.config)
     for layer in depthwise_layers(model, point["image_px"]):
         _say("depthwise {}×{}×{}, stride {}".format(*layer))

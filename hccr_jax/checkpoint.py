@@ -66,7 +66,11 @@ class Checkpoints:
           about: JSON object.
           metrics: of the validation, with "top1"; None where there was none at this step.
         """
-        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments = {
+            name: ocp.args.StandardSave(item)
+            for name, item in items.items()
+            if jax.tree.leaves(item)  # Orbax refuses an empty one, as of a network without norms
+        }
         composite = ocp.args.Composite(**arguments, about=ocp.args.JsonSave(about))
         self._manager.save(step, args=composite, metrics=metrics or {}, force=True)
 
@@ -119,7 +123,11 @@ class Checkpoints:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
         )
-        arguments = {name: ocp.args.StandardRestore(item) for name, item in target.items()}
+        arguments = {
+            name: ocp.args.StandardRestore(item)
+            for name, item in target.items()
+            if jax.tree.leaves(item)
+        }
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except (ValueError, KeyError) as error:
@@ -127,7 +135,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
-        return {name: restored[name] for name in like}
+        return {name: restored[name] if name in arguments else like[name] for name in like}
 
     def __enter__(self) -> Self:
         return self

@@ -45,6 +45,23 @@ _SHARE = Rule(float, 0, 1)
 _COUNT = Rule(int, 1)
 _TINY = 1e-12
 
+_MOBILENET = ("width", "stem_stride", "last_stride", "dropout_rate", "batch_norm_epsilon")
+# What each network takes of `config.model`. For one that does not take an option, the config must
+# leave it at its default.
+MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
+    "mobilenet_v1": _MOBILENET,
+    "mobilenet_v2": _MOBILENET,
+    "lenet5": (),
+    "alexnet": ("stem_stride", "dropout_rate"),
+    "resnet18": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
+    "resnet34": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
+    "resnet50": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
+}
+MODEL_DEFAULTS = {
+    "width": 1.0, "stem_stride": 2, "last_stride": 2, "dropout_rate": 0.0,
+    "batch_norm_epsilon": 1e-3,
+}  # fmt: skip
+
 RULES: dict[str, Rule] = {
     "seed": Rule(int, 0, 2**31 - 1),
     "num_steps": Rule(int, 0),
@@ -54,7 +71,7 @@ RULES: dict[str, Rule] = {
     "gradient_accumulation_steps": _COUNT,
     "steps_per_call": Rule(int, 0, 10_000),
     "log_every_steps": _COUNT,
-    "model.name": Rule(str, words=("mobilenet_v1", "mobilenet_v2")),
+    "model.name": Rule(str, words=tuple(MODEL_OPTIONS)),
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
     "model.last_stride": Rule(int, 1, 2),
@@ -183,6 +200,7 @@ def check(config: ConfigDict) -> None:
     for key, value in flatten(config):
         if not RULES[key].admits(value):
             raise InputError(f"config.{key}={value!r}: must be {RULES[key].allowed()}")
+    model_options(config)
     if (config.num_steps > 0) == (config.num_epochs > 0):
         raise InputError(
             f"config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g}: one "
@@ -198,6 +216,23 @@ def check(config: ConfigDict) -> None:
             f"config.data.margin_px={config.data.margin_px}: must be below half of "
             f"data.image_px={config.data.image_px}"
         )
+
+
+def model_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the keys of `config.model` that the network takes, with their values.
+
+    Raises:
+      InputError: names a key that was set and that the network does not have.
+    """
+    model = config.model
+    taken = MODEL_OPTIONS[model.name]
+    for key, default in MODEL_DEFAULTS.items():
+        if key not in taken and model[key] != default:
+            raise InputError(
+                f"config.model.{key}={model[key]!r}: {model.name} has no such option; leave it at "
+                f"{default!r}"
+            )
+    return {key: model[key] for key in taken}
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hccr_jax import config as config_lib
 from hccr_jax import sharding
 from hccr_jax.augment import test_views
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
@@ -37,13 +38,26 @@ class Network:
     summary: str
 
 
+def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
+    """Returns the network of a config as a Flax module, freshly initialised.
+
+    Raises:
+      InputError: the config does not fit the network.
+    """
+    return create_model(
+        config.model.name,
+        num_classes=num_classes,
+        image_px=config.data.image_px,
+        dtype=compute_dtype(config),
+        rngs=nnx.Rngs(stream_key(config.seed, INIT)),
+        **config_lib.model_options(config),
+    )
+
+
 def create_network(config: ConfigDict, num_classes: int) -> Network:
     """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
-    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
-    options["dtype"] = compute_dtype(config)
-    rngs = nnx.Rngs(stream_key(config.seed, INIT))
-    model = create_model(num_classes=num_classes, rngs=rngs, **options)
+    model = create_module(config, num_classes)
     apply, *initial = split_model(model)
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
     summary, _ = summarize(model, config.data.image_px)

@@ -54,6 +54,14 @@ def save(folder: Path, scores: list[float | None], latest: int, best: int) -> No
             checkpoints.save(step, items, ABOUT, None if score is None else {"top1": score})
 
 
+def test_a_network_without_batch_statistics_comes_back(tmp_path: Path) -> None:
+    saved = some_items() | {"eval_batch_stats": {}}
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
+        checkpoints.save(1, saved, ABOUT, {"top1": 0.5})
+        restored = checkpoints.restore(1, saved, sharding.replicated(sharding.create_mesh()))
+    assert_same_bits(restored, saved)
+
+
 def steps_on_disk(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir())
 

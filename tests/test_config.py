@@ -1,6 +1,7 @@
 """Every key and its rule, the messages for wrong values, and the step counts of the paper."""
 
 import importlib
+import inspect
 import math
 from pathlib import Path
 
@@ -9,10 +10,20 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax import optim
-from hccr_jax.config import RULES, Steps, check, check_devices, check_resume, flatten, resolve
+from hccr_jax.config import (
+    MODEL_DEFAULTS,
+    MODEL_OPTIONS,
+    RULES,
+    Steps,
+    check,
+    check_devices,
+    check_resume,
+    flatten,
+    resolve,
+)
 from hccr_jax.data.input_pipeline import FEEDS
 from hccr_jax.errors import InputError
-from hccr_jax.models.registry import MODELS
+from hccr_jax.models.registry import MODELS, SIZED
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -60,6 +71,32 @@ def test_names_are_those_that_can_be_built() -> None:
     assert set(RULES["optimizer.schedule"].words) == set(optim.SCHEDULES)
     assert set(RULES["optimizer.batch_rule"].words) == set(optim.BATCH_RULES)
     assert set(RULES["data.placement"].words) == {"auto", *FEEDS}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "default"),
+    [
+        ("lenet5", "dropout_rate", 0.2, 0.0),
+        ("lenet5", "stem_stride", 1, 2),
+        ("alexnet", "batch_norm_epsilon", 1e-5, 1e-3),
+        ("resnet34", "width", 0.5, 1.0),
+    ],
+)
+def test_an_option_that_a_network_does_not_have_is_refused(name, option, value, default) -> None:
+    assert message(name, **{f"model__{option}": value}) == (
+        f"config.model.{option}={value!r}: {name} has no such option; leave it at {default!r}"
+    )
+
+
+def test_options_are_those_of_the_networks_classes() -> None:
+    options = load("default").model
+    fixed = {"name", "dtype", "batch_norm_momentum"}
+    assert {k: v for k, v in options.items() if k not in fixed} == MODEL_DEFAULTS
+    for name, network in MODELS.items():
+        # The metaclass of Flax hides the signature of a class; ResNets are partial functions.
+        arguments = set(inspect.signature(getattr(network, "func", network).__init__).parameters)
+        assert set(MODEL_OPTIONS[name]) == arguments & set(MODEL_DEFAULTS), name
+        assert (name in SIZED) == ("image_px" in arguments), name
 
 
 def test_the_papers_step_counts() -> None:

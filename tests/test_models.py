@@ -1,22 +1,46 @@
 """The networks against published counts, the paper's cost formula and their contracts."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from hccr_jax.config import MODEL_OPTIONS
+from hccr_jax.errors import InputError
+from hccr_jax.models import alexnet
 from hccr_jax.models.layers import (
+    AveragePool,
     BatchNorm,
     Classifier,
     Conv,
     ConvNorm,
     DepthwiseSeparable,
     InvertedResidual,
+    MaxPool,
+    count_costs,
+    he_uniform,
     recording,
     scaled_channels,
+    xavier_uniform,
 )
-from hccr_jax.models.registry import MODELS, count_parameters, create_model, split_model, summarize
+from hccr_jax.models.registry import (
+    MODELS,
+    count_parameters,
+    create_model,
+    split_model,
+    summarize,
+)
+from hccr_jax.models.resnet import BasicBlock, Bottleneck
+
+
+@pytest.fixture
+def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns the width of AlexNet's dense layers, small here: drawing 4,096² weights is slow."""
+    monkeypatch.setattr(alexnet, "DENSE_CHANNELS", 512)
+    return 512
 
 
 def describe(name: str, image_px: int, **arguments) -> tuple[int, str, int]:
@@ -55,6 +79,121 @@ def test_width_multipliers_have_the_sizes_of_keras_applications(name, width, par
     assert counted == parameters
 
 
+def formula_resnet(repeats: tuple[int, ...], bottleneck: bool, side: int) -> int:
+    """Returns multiply-adds for a square RGB image and 1,000 classes, layer by layer.
+
+    Table 1 of https://arxiv.org/abs/1512.03385; strides in the 3×3 convolutions.
+    """
+    side, current, total = side // 2, 64, (side // 2) ** 2 * 49 * 3 * 64
+    side //= 2
+    for stage, count in enumerate(repeats):
+        width = 64 * 2**stage
+        outputs = 4 * width if bottleneck else width
+        for index in range(count):
+            before = side
+            side = side // 2 if stage > 0 and index == 0 else side
+            if bottleneck:
+                total += before**2 * current * width + side**2 * width * (9 * width + outputs)
+            else:
+                total += side**2 * 9 * (current * width + width * width)
+            if index == 0 and (stage > 0 or bottleneck):
+                total += side**2 * current * outputs
+            current = outputs
+    return total + current * 1000
+
+
+# Parameters and 10⁹ multiply-adds as torchvision publishes them with its weights.
+@pytest.mark.parametrize(("name", "parameters", "billions", "repeats", "bottleneck"), [
+    ("resnet18", 11_689_512, 1.814, (2, 2, 2, 2), False),
+    ("resnet34", 21_797_672, 3.664, (3, 4, 6, 3), False),
+    ("resnet50", 25_557_032, 4.089, (3, 4, 6, 3), True),
+])  # fmt: skip
+def test_resnets_have_the_published_sizes(name, parameters, billions, repeats, bottleneck):
+    counted, _, multiply_adds = describe(name, 224, num_classes=1000, channels=3)
+    assert counted == parameters
+    assert multiply_adds == formula_resnet(repeats, bottleneck, 224)
+    assert multiply_adds / 1e9 == pytest.approx(billions, abs=0.0005)
+
+
+def test_alexnet_has_the_published_size():
+    arguments = {"num_classes": 1000, "channels": 3, "image_px": 224, "stem_stride": 4}
+    network = create_model("alexnet", rngs=nnx.Rngs(0), **arguments)
+    assert count_parameters(split_model(network)[1]) == 61_100_840  # torchvision, in one column
+    _, multiply_adds = summarize(network, 224, 3)
+    # Published: 714,188,480, with a first map of 55×55 (padded by 2); here it is 56×56.
+    assert multiply_adds - (56**2 - 55**2) * 11**2 * 3 * 64 == 714_188_480
+
+
+def test_lenet5_has_the_published_size():
+    network = create_model("lenet5", num_classes=10, image_px=32, rngs=nnx.Rngs(0))
+    costs = count_costs(network, 32)
+    # C1, S2, C3 (all maps seeing all), S4, C5, F6 and the output: LeCun 1998, section II.B.
+    assert [cost.parameters for cost in costs] == [156, 0, 2416, 0, 48_120, 10_164, 850]
+    assert sum(cost.parameters for cost in costs) == 61_706
+    assert [cost.output for cost in costs[:4]] == [
+        (28, 28, 6),
+        (14, 14, 6),
+        (10, 10, 16),
+        (5, 5, 16),
+    ]
+    assert [cost.multiply_adds for cost in costs] == [
+        28**2 * 25 * 6, 0, 10**2 * 25 * 6 * 16, 0, 400 * 120, 120 * 84, 84 * 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "outputs"), [
+    ("lenet5", [(60, 60, 6), (30, 30, 6), (26, 26, 16), (13, 13, 16)]),
+    ("alexnet", [(32, 32, 64), (15, 15, 64), (15, 15, 192), (7, 7, 192), (7, 7, 384), (7, 7, 256),
+                 (7, 7, 256), (3, 3, 256)]),
+    ("resnet18", [(32, 32, 64), (32, 32, 64), (16, 16, 64), (16, 16, 64)]),
+])  # fmt: skip
+def test_first_maps_of_64_px_images(name, outputs, small_alexnet):
+    costs = count_costs(create_model(name, num_classes=5, rngs=nnx.Rngs(0)), 64)
+    assert [cost.output for cost in costs[: len(outputs)]] == outputs
+
+
+@pytest.mark.parametrize(("image_px", "stem_stride", "fits"), [
+    (29, 2, True), (28, 2, False), (15, 1, True), (14, 1, False)
+])  # fmt: skip
+def test_alexnet_refuses_images_too_small_for_its_poolings(
+    image_px, stem_stride, fits, small_alexnet
+):
+    arguments = {"num_classes": 2, "image_px": image_px, "stem_stride": stem_stride}
+    context = contextlib.nullcontext() if fits else pytest.raises(InputError, match="too small")
+    with context:
+        network = create_model("alexnet", rngs=nnx.Rngs(0), **arguments)
+        assert summarize(network, image_px)[1] > 0
+
+
+def test_poolings_agree_with_numpy():
+    x = jnp.abs(normal(2, 7, 9, 3))
+    windows = np.lib.stride_tricks.sliding_window_view
+    expected = windows(np.asarray(x), (3, 3), (1, 2))[:, ::2, ::2].max((-2, -1))
+    np.testing.assert_array_equal(MaxPool()(x), expected)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = windows(padded, (3, 3), (1, 2))[:, ::2, ::2].max((-2, -1))
+    np.testing.assert_array_equal(MaxPool(padding=1)(x), expected)
+    expected = windows(np.asarray(x), (2, 2), (1, 2))[:, ::2, ::2].mean((-2, -1))
+    np.testing.assert_allclose(AveragePool()(x), expected, rtol=1e-6)
+
+
+def test_the_two_dropouts_of_alexnet_draw_different_masks(small_alexnet):
+    network = create_model(
+        "alexnet", num_classes=2, image_px=29, dropout_rate=0.5, rngs=nnx.Rngs(0)
+    )
+    # Ones behind `hidden1`, which both masks then act on: the logit counts what passes.
+    network.hidden1.weight[...] = jnp.zeros(network.hidden1.weight.shape)
+    network.hidden1.bias[...] = jnp.ones(small_alexnet)
+    network.hidden2.weight[...] = jnp.eye(small_alexnet)
+    network.classifier.weight[...] = jnp.ones((small_alexnet, 2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    logits = jax.jit(lambda x: network(x, True, keys))(jnp.zeros((3, 29, 29, 1)))
+    seen = np.asarray(logits)[:, 0]
+    # A share of 1/4 passes two masks of 1/2 each (1/2 passes one used twice), each scaled by 2.
+    np.testing.assert_allclose(seen / 4 / small_alexnet, 0.25, atol=0.08)
+    assert len(set(seen)) == 3
+
+
 def make_block(block: type[nnx.Module], *sizes: int, dtype=jnp.float32):
     return block(*sizes, epsilon=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
 
@@ -67,6 +206,17 @@ def cost_of(layer, shape: tuple[int, ...]) -> int:
     with recording() as costs:
         jax.eval_shape(lambda x: layer(x, False, None), jax.ShapeDtypeStruct(shape, jnp.float32))
     return sum(cost.multiply_adds for cost in costs)
+
+
+@pytest.mark.parametrize(("block", "inner", "shortcut"), [
+    (BasicBlock, 8, True), (BasicBlock, 16, False), (Bottleneck, 2, True), (Bottleneck, 8, False)
+])  # fmt: skip
+def test_a_silenced_residual_block_is_its_shortcut(block, inner, shortcut):
+    built = make_block(block, 8, inner, 1)
+    built.last.norm.scale[...] = jnp.zeros(built.last.norm.scale.shape)
+    x = normal(2, 4, 4, 8)
+    expected = x if shortcut else built.projection(x, False, None)
+    np.testing.assert_array_equal(built(x, False, None), np.maximum(expected, 0))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -116,21 +266,41 @@ def test_a_first_block_gives_the_same_with_the_stem_as_after_it(channels_out, tr
 @pytest.mark.parametrize(("channels", "kernel", "stride"), [
     (1, 3, 2), (3, 3, 2), (3, 3, 1), (8, 3, 2), (8, 5, 1), (8, 1, 2), (8, 1, 1), (1, 5, 2)
 ])  # fmt: skip
-def test_conv_is_a_convolution_on_each_of_its_ways(channels, kernel, stride):
-    conv = Conv(channels, 6, kernel, stride, rngs=nnx.Rngs(0))
-    x = normal(2, 9, 7, channels)
-    border = kernel // 2
+@pytest.mark.parametrize("height", [9, 3])  # the lower ones are smaller than some filters
+@pytest.mark.parametrize("padding", [None, 0])
+def test_conv_is_a_convolution_on_each_of_its_ways(channels, kernel, stride, height, padding):
+    if padding == 0 and kernel > height:
+        pytest.skip("no place for the filter")
+    conv = Conv(channels, 6, kernel, stride, padding=padding, rngs=nnx.Rngs(0))
+    x = normal(2, height, 7, channels)
+    border = kernel // 2 if padding is None else padding
     expected = jax.lax.conv_general_dilated(
         x, conv.weight[...], (stride, stride), [(border, border)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
     np.testing.assert_allclose(conv(x), expected, atol=2e-6)
+    conv = Conv(channels, 6, kernel, stride, padding=padding, bias=True, rngs=nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(6.0)
+    shifted = np.asarray(expected) + np.arange(6.0)
+    np.testing.assert_allclose(conv(x), shifted, atol=2e-6)
+
+
+@pytest.mark.parametrize(("initial", "variance"), [
+    (xavier_uniform, 2 / (300 + 100)), (he_uniform, 2 / 300)
+])  # fmt: skip
+def test_initial_weights_have_the_variance_of_their_source(initial, variance):
+    weights = np.asarray(initial(jax.random.key(0), (300, 100), 300, 100))
+    np.testing.assert_allclose([weights.mean(), weights.var()], [0, variance], rtol=0.02, atol=1e-3)
+    assert np.abs(weights).max() <= np.sqrt(3 * variance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_logits_parameters_and_statistics_are_float32(name, dtype):
-    network = create_model(name, num_classes=5, width=0.25, dtype=dtype, rngs=nnx.Rngs(0))
+def test_logits_parameters_and_statistics_are_float32(name, dtype, small_alexnet):
+    options = {"width": 0.25} if "width" in MODEL_OPTIONS[name] else {}
+    network = create_model(
+        name, num_classes=5, image_px=32, dtype=dtype, rngs=nnx.Rngs(0), **options
+    )
     apply, params, batch_stats = split_model(network)
     images = jax.ShapeDtypeStruct((3, 32, 32, 1), jnp.float32)
     for train in (False, True):

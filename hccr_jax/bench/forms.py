@@ -10,18 +10,16 @@ import numpy as np
 from flax import nnx
 
 from hccr_jax.bench.timing import Run, measure, repeated
-from hccr_jax.models.layers import recording
+from hccr_jax.models.layers import count_costs
 from hccr_jax.ops import forms
 from hccr_jax.ops.depthwise_block import depthwise_block_train
 
 
 def depthwise_layers(model: nnx.Module, image_px: int) -> list[tuple[int, int, int, int]]:
     """Returns (H, W, C, stride) of each kind of depthwise layer of a network, H×W its input."""
-    with recording() as costs:
-        jax.eval_shape(model, jax.ShapeDtypeStruct((1, image_px, image_px, 1), jnp.float32))
     layers: list[tuple[int, int, int, int]] = []
     shape: tuple[int, ...] = (image_px, image_px, 1)
-    for cost in costs:
+    for cost in count_costs(model, image_px):
         if cost.kind.startswith("depthwise"):
             stride = math.ceil(shape[0] / cost.output[0])
             layers.append((shape[0], shape[1], cost.output[2], stride))

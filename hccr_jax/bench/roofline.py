@@ -51,7 +51,7 @@ from jax.sharding import Mesh
 
 from hccr_jax import sharding
 from hccr_jax.bench.timing import measure, repeated
-from hccr_jax.models.layers import recording
+from hccr_jax.models.layers import count_costs
 
 # Reads and writes of a layer's (input, output) in training, as in the table above.
 TRAFFIC = {
@@ -93,11 +93,9 @@ def count_layers(model: nnx.Module, image_px: int, channels: int = 1) -> list[La
       model: from `registry.create_model`.
       image_px, channels: of the images.
     """
-    with recording() as costs:
-        jax.eval_shape(model, jax.ShapeDtypeStruct((1, image_px, image_px, channels), jnp.float32))
     layers: list[Layer] = []
     inputs = image_px * image_px * channels
-    for cost in costs:
+    for cost in count_costs(model, image_px, channels):
         outputs = math.prod(cost.output)
         if cost.multiply_adds:
             kind = "dense" if cost.kind == "dense" else "convolution" if layers else "first"

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from hccr_jax import optim, plots, sharding
@@ -27,8 +26,8 @@ from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import evaluate
 from hccr_jax.job import create_job, steps_per_call
-from hccr_jax.models.registry import count_parameters, create_model
-from hccr_jax.network import compute_dtype, create_network
+from hccr_jax.models.registry import count_parameters
+from hccr_jax.network import compute_dtype, create_module, create_network
 from hccr_jax.startup import Timeline
 from hccr_jax.train import train
 from hccr_jax.train_state import AUGMENT, create_train_state
@@ -61,10 +60,9 @@ class Workloads:
         self._network = create_network(config, num_classes)
         self.parameters = count_parameters(self._network.params)
         self.dtype = compute_dtype(config)
-        model = create_model(
-            config.model.name, num_classes=num_classes, width=config.model.width, rngs=nnx.Rngs(0)
+        self._layers = roofline.count_layers(
+            create_module(config, num_classes), config.data.image_px
         )
-        self._layers = roofline.count_layers(model, config.data.image_px)
         self._augment = make_augment(**config.augment)
 
     def train_step(self) -> Workload:

@@ -9,8 +9,9 @@ stands in one place.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,11 +25,11 @@ from hccr_jax.ops.depthwise import depthwise_conv
 from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv
 
+Initial = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
+
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
     """Returns initial weights, float32, uniform in ±√(6 / (fan_in + fan_out)).
-
-    Drawn on the host: compiling something for each of some fifty shapes takes seconds.
 
     Args:
       key: a concrete key, not one being traced.
@@ -37,9 +38,23 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out:
 
     Source: Glorot and Bengio, AISTATS 2010; the initialisation of the paper's code.
     """
+    return _uniform(key, shape, math.sqrt(6.0 / (fan_in + fan_out)))
+
+
+def he_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    """Returns initial weights, float32, uniform in ±√(6 / fan_in); arguments as above.
+
+    For a ReLU without batch norm: the signal keeps its size from layer to layer.
+
+    Source: He et al., https://arxiv.org/abs/1502.01852, section 2.2.
+    """
+    return _uniform(key, shape, math.sqrt(6.0 / fan_in))
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], limit: float) -> jax.Array:
+    """Draws on the host: compiling something for each of some fifty shapes takes seconds."""
     words = np.asarray(jax.random.key_data(key), np.uint64)
     bits = np.random.Philox(key=words).random_raw(math.prod(shape))
-    limit = math.sqrt(6.0 / (fan_in + fan_out))
     # The raw bits, because NumPy promises no stable stream of anything made from them.
     values = ((bits >> np.uint64(11)) * 2.0**-53 * 2.0 - 1.0) * limit
     return jax.device_put(values.reshape(shape).astype(np.float32))
@@ -76,6 +91,18 @@ def recording() -> Iterator[list[Cost]]:
         _recorder.reset(token)
 
 
+def count_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[Cost]:
+    """Returns the cost of every layer of a network for one image, computing nothing.
+
+    Args:
+      model: a network, called as above.
+      image_px, channels: of the image.
+    """
+    with recording() as costs:
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, image_px, image_px, channels), jnp.float32))
+    return costs
+
+
 def _record(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
     costs = _recorder.get()
     if costs is not None:
@@ -84,59 +111,97 @@ def _record(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> N
 
 
 class Conv(nnx.Module):
-    """A square convolution without bias, padded so that stride 1 keeps the size.
+    """A square convolution.
 
     Args:
       channels_in, channels_out: C of the input and of the output.
-      kernel: side of the filter, odd.
-      stride: 1 or 2.
+      kernel: side of the filter.
+      stride: distance between the filter's places.
+      padding: P, zeros added at each border; half the kernel where not given, so that stride 1
+        keeps the size.
+      bias: whether a bias is added.
+      initial: draws the weights: `xavier_uniform` or `he_uniform`.
       dtype: of the arithmetic; the weights are float32.
     """
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, *,
+        padding: int | None = None, bias: bool = False, initial: Initial = xavier_uniform,
         dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         shape = (kernel, kernel, channels_in, channels_out)
         area = kernel * kernel
         fans = (area * channels_in, area * channels_out)
-        self.weight = nnx.Param(xavier_uniform(rngs.params(), shape, *fans))
+        self.weight = nnx.Param(initial(rngs.params(), shape, *fans))
+        self.bias = nnx.Param(_filled(channels_out, 0.0)) if bias else None
         self.stride = stride
+        self.padding = kernel // 2 if padding is None else padding
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C')."""
+        """Maps (B, H, W, C) to (B, ⌊(H + 2P − kernel)/stride⌋ + 1, …, C')."""
         kernel, _, channels_in, channels_out = self.weight.shape
         weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
+        rows = (x.shape[1] + 2 * self.padding - kernel) // self.stride + 1
         if kernel == 1 and self.stride == 1:
             y = pointwise_conv(x, weight[0, 0])
-        elif channels_in * kernel**2 <= 32:
-            # So few inputs that gathering them and one matrix product beat a convolution on a CPU.
-            patches = _patches(x, kernel, self.stride)
+        elif channels_in * kernel**2 <= 32 or (rows < kernel and jax.default_backend() == "cpu"):
+            # Gathering the inputs and one matrix product beat a convolution on a CPU where inputs
+            # are so few; and where the filter is larger than the map, XLA's takes up to 90 times
+            # as long.
+            patches = jnp.concatenate(_taps(x, kernel, self.stride, self.padding), axis=-1)
             y = pointwise_conv(patches, weight.reshape(-1, channels_out))
         else:
             y = lax.conv_general_dilated(
-                x, weight, (self.stride, self.stride), [(kernel // 2, kernel // 2)] * 2,
+                x, weight, (self.stride, self.stride), [(self.padding, self.padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
         positions = y.shape[1] * y.shape[2]
         _record(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
-        return y
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
 
 
-def _patches(x: jax.Array, kernel: int, stride: int) -> jax.Array:
-    """Returns the kernel×kernel neighbourhoods of x as (B, H', W', kernel²·C)."""
+def _taps(x: jax.Array, kernel: int, stride: int, padding: int) -> list[jax.Array]:
+    """Returns what each place of a square filter sees of x, zeros around it: kernel² arrays."""
     batch, height, width, channels = x.shape
-    border = kernel // 2
-    padded = jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)))
-    rows, columns = (height - 1) // stride * stride + 1, (width - 1) // stride * stride + 1
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = (
+        (size + 2 * padding - kernel) // stride * stride + 1 for size in (height, width)
+    )
     strides = (1, stride, stride, 1)
-    taps = [
+    return [
         lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), strides)
         for i in range(kernel)
         for j in range(kernel)
     ]
-    return jnp.concatenate(taps, axis=-1)
+
+
+class MaxPool(nnx.Module):
+    """The maximum of each 3×3 neighbourhood, two apart, so that they overlap.
+
+    The input has no negative values: a border of `padding` zeros changes no maximum.
+    """
+
+    def __init__(self, padding: int = 0) -> None:
+        self.padding = padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌊(H + 2P − 3)/2⌋ + 1, …, C)."""
+        y = functools.reduce(jnp.maximum, _taps(x, 3, 2, self.padding))
+        _record(self, "max pooling 3×3/2", y, 0)
+        return y
+
+
+class AveragePool(nnx.Module):
+    """The mean of each 2×2 square."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, ⌊H/2⌋, ⌊W/2⌋, C)."""
+        y = functools.reduce(jnp.add, _taps(x, 2, 2, 0)) / 4
+        _record(self, "average pooling 2×2/2", y, 0)
+        return y
 
 
 class DepthwiseConv(nnx.Module):
@@ -196,34 +261,45 @@ class BatchNorm(nnx.Module):
         return self.scale[...], self.bias[...]
 
 
-class Classifier(nnx.Module):
-    """Global average, dropout and a dense layer: feature map to float32 logits."""
+class Dense(nnx.Module):
+    """Dropout, if asked, and a dense layer."""
 
     def __init__(
-        self, channels: int, num_classes: int, dropout_rate: float, *,
-        dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs,
+        self, channels: int, outputs: int, dropout_rate: float = 0.0, *,
+        initial: Initial = xavier_uniform, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        shape = (channels, num_classes)
-        self.weight = nnx.Param(xavier_uniform(rngs.params(), shape, *shape))
-        self.bias = nnx.Param(_filled(num_classes, 0.0))
+        shape = (channels, outputs)
+        self.weight = nnx.Param(initial(rngs.params(), shape, *shape))
+        self.bias = nnx.Param(_filled(outputs, 0.0))
         self.dropout_rate = dropout_rate
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, train: bool, dropout_keys: jax.Array | None) -> jax.Array:
-        """Maps (B, H, W, C) to (B, K) float32.
+    def __call__(
+        self, x: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps (B, C) to (B, K) float32.
 
         dropout_keys holds one key an image (B,), so that a mask depends on its image alone and not
         on how the batch is split over devices; needed only in training with a dropout rate.
         """
-        features = x.astype(jnp.float32).mean((1, 2))
         if train and self.dropout_rate > 0:
             keep = 1.0 - self.dropout_rate
-            mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, features.shape[1:]))
-            features = jnp.where(mask(dropout_keys), features / keep, 0.0)
+            mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))
+            x = jnp.where(mask(dropout_keys), x / keep, 0.0)
         weight = self.weight[...].astype(self.dtype)
-        logits = jnp.dot(features.astype(self.dtype), weight, preferred_element_type=jnp.float32)
-        _record(self, "dense", logits, weight.size)
-        return logits + self.bias[...][None]
+        y = jnp.dot(x.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+        _record(self, "dense", y, weight.size)
+        return y + self.bias[...][None]
+
+
+class Classifier(Dense):
+    """Global average, dropout and a dense layer: feature map to float32 logits."""
+
+    def __call__(
+        self, x: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps (B, H, W, C) to (B, K) float32; dropout_keys as in `Dense`."""
+        return super().__call__(x.astype(jnp.float32).mean((1, 2)), train, dropout_keys)
 
 
 class ConvNorm(nnx.Module):

@@ -4,33 +4,48 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.layers import recording
+from hccr_jax.models.alexnet import AlexNet
+from hccr_jax.models.layers import Cost, count_costs
+from hccr_jax.models.lenet import LeNet5
 from hccr_jax.models.mobilenet_v1 import MobileNetV1
 from hccr_jax.models.mobilenet_v2 import MobileNetV2
+from hccr_jax.models.resnet import resnet18, resnet34, resnet50
 
-MODELS: dict[str, type[nnx.Module]] = {"mobilenet_v1": MobileNetV1, "mobilenet_v2": MobileNetV2}
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "lenet5": LeNet5,
+    "alexnet": AlexNet,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+}
+SIZED = ("lenet5", "alexnet")  # a dense layer sees a whole map, so they must know its size
 
 # apply(params, batch_stats, images, train, dropout_keys, axis_name) -> (logits, batch_stats)
 Apply = Callable[..., tuple[jax.Array, Any]]
 
 
-def create_model(name: str, **arguments: Any) -> nnx.Module:
+def create_model(name: str, *, image_px: int = 64, **arguments: Any) -> nnx.Module:
     """Returns a freshly initialised network.
 
     Args:
       name: a key of `MODELS`.
+      image_px: side of the images; only the networks of `SIZED` need it.
       **arguments: `num_classes`, `channels`, `rngs` and whatever the network's class takes.
 
     Raises:
       KeyError: no network has this name.
+      InputError: the images are too small for the network.
 
     >>> network = create_model("mobilenet_v2", num_classes=10, rngs=nnx.Rngs(0))
     >>> network.classifier.weight.shape
     (1280, 10)
     """
+    if name in SIZED:
+        arguments["image_px"] = image_px
     return MODELS[name](**arguments)
 
 
@@ -55,22 +70,26 @@ def count_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def named_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[tuple[str, Cost]]:
+    """Returns each layer's name and cost for one image, in the order of the calls."""
+    names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+    return [(names[id(cost.layer)], cost) for cost in count_costs(model, image_px, channels)]
+
+
 def summarize(model: nnx.Module, image_px: int, channels: int = 1) -> tuple[str, int]:
     """Returns a table of the network's layers and its multiply-adds for one image.
 
-    Convolutions and the classifier count, as in the paper's section 3.2; additions of bias, batch
-    norm (folded away in use) and activations do not.
+    Convolutions and dense layers count, as in the paper's section 3.2; additions of bias, batch
+    norm (folded away in use), pooling and activations do not.
     """
-    names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-    with recording() as costs:
-        jax.eval_shape(model, jax.ShapeDtypeStruct((1, image_px, image_px, channels), jnp.float32))
-    total = sum(cost.multiply_adds for cost in costs)
+    costs = named_costs(model, image_px, channels)
+    total = sum(cost.multiply_adds for _, cost in costs)
     lines = [f"{'layer':<30}{'kind':<22}{'output':>14}{'parameters':>12}{'multiply-adds':>15}"]
     lines += [
-        f"{names[id(cost.layer)]:<30}{cost.kind:<22}{'×'.join(map(str, cost.output)):>14}"
+        f"{name:<30}{cost.kind:<22}{'×'.join(map(str, cost.output)):>14}"
         f"{cost.parameters:>12,}{cost.multiply_adds:>15,}"
-        for cost in costs
+        for name, cost in costs
     ]
-    parameters = sum(cost.parameters for cost in costs)
+    parameters = sum(cost.parameters for _, cost in costs)
     lines.append(f"{'total':<66}{parameters:>12,}{total:>15,}")
     return "\n".join(lines), total

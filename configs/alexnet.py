@@ -1,0 +1,20 @@
+"""AlexNet with the recipe of `configs/hwdb100.py`, on the same real subset.
+
+  python -m hccr_jax.main --config=configs/alexnet.py --config.data.data_dir=DIR
+
+Accuracy: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hwdb100
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe: its dropout, and a smaller learning rate for want of batch norm."""
+    config = hwdb100.get_config()
+    config.model.name = "alexnet"
+    config.model.dropout_rate = 0.5
+    config.optimizer.learning_rate = 3e-4
+    config.eval.batch_norm_batches = 0
+    return config

@@ -1,0 +1,19 @@
+"""LeNet-5 with the recipe of `configs/hwdb100.py`, on the same real subset.
+
+  python -m hccr_jax.main --config=configs/lenet5.py --config.data.data_dir=DIR
+
+Accuracy: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hwdb100
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe: a network without dropout and batch norm."""
+    config = hwdb100.get_config()
+    config.model.name = "lenet5"
+    config.model.dropout_rate = 0.0
+    config.eval.batch_norm_batches = 0
+    return config

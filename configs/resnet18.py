@@ -1,0 +1,18 @@
+"""ResNet-18 with the recipe of `configs/hwdb100.py`, on the same real subset.
+
+  python -m hccr_jax.main --config=configs/resnet18.py --config.data.data_dir=DIR
+
+Accuracy: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hwdb100
+
+
+def get_config() -> ConfigDict:
+    """Returns `configs/hwdb100.py` with the other network and half the learning rate."""
+    config = hwdb100.get_config()
+    config.model.name = "resnet18"
+    config.optimizer.learning_rate = 1e-3
+    return config

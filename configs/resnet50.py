@@ -1,0 +1,17 @@
+"""ResNet-50 with the recipe of `configs/hwdb100.py`, on the same real subset.
+
+  python -m hccr_jax.main --config=configs/resnet50.py --config.data.data_dir=DIR
+
+Accuracy: not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import resnet18
+
+
+def get_config() -> ConfigDict:
+    """Returns `configs/resnet18.py` with the deeper network."""
+    config = resnet18.get_config()
+    config.model.name = "resnet50"
+    return config
