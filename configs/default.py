@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train"
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
     config.data.test_split = "test"  # to report on, once
+    # This share of the training labels, at random, is made wrong, to measure what that costs.
+    config.data.label_noise = 0.0
     config.data.strokes = ConfigDict()
     config.data.strokes.num_characters = 3755  # the first ones in Unicode order
     config.data.strokes.num_train_writers = 240
@@ -92,4 +94,6 @@ def get_config() -> ConfigDict:
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
     # then swings by tens of points. 0: the running averages as they are.
     config.eval.batch_norm_batches = 20
+    # So many training characters are listed that are most likely miswritten or wrongly labelled.
+    config.eval.suspects = 0
     return config

@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "data.train_split": Rule(str),
     "data.validation_split": Rule(str),
     "data.test_split": Rule(str),
+    "data.label_noise": _SHARE,
     "data.strokes.num_characters": Rule(int, 2, 3755),
     "data.strokes.num_train_writers": Rule(int, 2, 100_000),
     "data.strokes.num_test_writers": Rule(int, 1, 100_000),
@@ -105,6 +106,7 @@ RULES: dict[str, Rule] = {
     "eval.every_steps": Rule(int, 0),
     "eval.batch_size": _COUNT,
     "eval.batch_norm_batches": Rule(int, 0, 100_000),
+    "eval.suspects": Rule(int, 0, 10_000),
 }
 
 # A resume may change these: they leave the run's course as it was.

@@ -16,6 +16,7 @@ from hccr_jax.augment import make_augment
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
+from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, load_split
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.startup import Timeline
@@ -103,8 +104,8 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
       InputError: the data or the config's numbers do not fit.
     """
     data, options = config.data, config.optimizer
-    names = (data.train_split, data.validation_split, data.test_split)
-    train, validation, test = (load(config, name) for name in names)
+    train = load_training(config)
+    validation, test = (load(config, name) for name in (data.validation_split, data.test_split))
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
@@ -164,6 +165,15 @@ def load(config: ConfigDict, split: str) -> Split:
     if name == "strokes":
         name = prepare_strokes(data.data_dir, **data.strokes)
     return load_split(name, data.data_dir, split, data.image_px, data.margin_px, data.aspect)
+
+
+def load_training(config: ConfigDict) -> Split:
+    """Returns the training split, with as many wrong labels as `data.label_noise` asks for."""
+    train = load(config, config.data.train_split)
+    if config.data.label_noise == 0.0:
+        return train
+    labels = shuffle_labels(train.labels, config.data.label_noise, len(train.classes), config.seed)
+    return dataclasses.replace(train, labels=labels)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -16,6 +16,7 @@ PLOTS = {
     "learning_rate": "Learning rate over the training steps.",
     "augmented": "Training images before and after augmentation.",
     "mistakes": "Wrong answers of the highest confidence, with the five best candidates.",
+    "suspects": "Training characters of the highest loss: the label and the network's answer.",
 }
 PACKAGES = ("hccr_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 STYLE = """
@@ -131,6 +132,7 @@ def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, b
         _curves(pictures),
         _sheet("Augmentation", "augmented", pictures),
         _sheet("Mistakes", "mistakes", pictures),
+        _sheet("Suspicious training characters", "suspects", pictures),
         _config(config),
         _table("Versions", _versions()),
     ]

@@ -16,14 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, report, sharding
+from hccr_jax import plots, report, sharding, suspects
 from hccr_jax.checkpoint import Checkpoints, check_classes
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, Network, create_job, create_network, load
+from hccr_jax.job import Job, Network, create_job, create_network, load, load_training
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
@@ -31,7 +31,8 @@ from hccr_jax.train_step import row_keys, to_float
 
 SIGTERM_EXIT = 143
 SHEET_IMAGES = 24
-NORMAL_FORM = ("image_px", "margin_px", "aspect")  # the checkpoint's own, whatever the config says
+# The checkpoint's own, whatever the config says: the normal form, and which labels were shuffled.
+CHECKPOINT_DATA = ("image_px", "margin_px", "aspect", "label_noise")
 
 
 def train_and_evaluate(
@@ -103,7 +104,8 @@ def evaluate_checkpoint(
             )
         trained = checkpoints.about(step)["config"]
         config.model.update(trained["model"])
-        config.data.update({key: trained["data"][key] for key in NORMAL_FORM})
+        config.data.update({key: trained["data"][key] for key in CHECKPOINT_DATA})
+        config.seed = trained["seed"]
         split = load(config, config.data.test_split)
         network = create_network(config, len(split.classes))
         workdir.mkdir(parents=True, exist_ok=True)
@@ -235,9 +237,27 @@ def _report(
     results = {"step": step, "split": config.data.test_split, **answers.summary()}
     if validated := checkpoints.metrics(step):
         results["validation_top1"] = validated["top1"]
+    if config.eval.suspects:
+        results |= _find_suspects(config, network, params, statistics, workdir, step)
     if jax.process_index() == 0:
         _write_results(workdir, results, answers, split)
     return results
+
+
+def _find_suspects(
+    config: ConfigDict, network: Network, params: Any, statistics: Any, workdir: Path, step: int
+) -> dict[str, Any]:
+    """Writes the most suspicious training characters; tells how well shuffled labels are found."""
+    train = load_training(config)
+    answers = evaluate(
+        network.eval_step, params, statistics, train, config.eval.batch_size, network.mesh
+    )
+    if jax.process_index() == 0:
+        suspects.write_suspects(workdir, answers, train, config.eval.suspects, step)
+    if config.data.label_noise == 0.0:
+        return {}
+    wrong = train.labels != load(config, config.data.train_split).labels
+    return {"shuffled_labels": suspects.detection(answers.losses, wrong)}
 
 
 def _write_results(
