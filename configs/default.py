@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.label_smoothing = 0.0
+    # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
+    config.loss.noise_rate = 0.0
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"

@@ -88,6 +88,7 @@ RULES: dict[str, Rule] = {
     "augment.erase_max_side": Rule(float, 0.05, 1),
     "augment.noise_std": Rule(float, 0, 1),
     "loss.label_smoothing": Rule(float, 0, 0.99),
+    "loss.noise_rate": Rule(float, 0, 0.99),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
     "optimizer.learning_rate": Rule(float, _TINY, 1000),
     "optimizer.batch_rule": Rule(str, words=("none", "sqrt", "linear")),

@@ -131,6 +131,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         network.mesh,
         seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
+        noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
         accumulation_steps=config.gradient_accumulation_steps,
     )

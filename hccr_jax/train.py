@@ -104,7 +104,8 @@ def evaluate_checkpoint(
             )
         trained = checkpoints.about(step)["config"]
         config.model.update(trained["model"])
-        config.data.update({key: trained["data"][key] for key in CHECKPOINT_DATA})
+        own = trained["data"]
+        config.data.update({key: own[key] for key in CHECKPOINT_DATA if key in own})
         config.seed = trained["seed"]
         split = load(config, config.data.test_split)
         network = create_network(config, len(split.classes))

@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
+from scipy.special import log_softmax, softmax
 
 from hccr_jax import main
 from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import load_split
 from hccr_jax.job import create_job
+from hccr_jax.losses import cross_entropy
 from hccr_jax.startup import Timeline
 from hccr_jax.suspects import detection
 
@@ -53,6 +57,43 @@ def test_rows_and_wrong_classes_are_drawn_evenly():
         assert stats.chisquare(np.bincount(drawn)).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
+def test_loss_is_that_of_labels_drawn_with_noise(smoothing, rate):
+    rng = np.random.default_rng(0)
+    logits, labels = 5 * rng.normal(size=(64, 10)), rng.integers(0, 10, 64)
+    logs = log_softmax(logits, axis=1)
+    transition = (1 - rate) * np.eye(10) + rate / 10  # from the true class to the label
+    noisy = np.log(np.exp(logs) @ transition)[np.arange(64), labels]
+    exact = -(1 - smoothing) * noisy - smoothing * logs.mean(1)
+    ours = cross_entropy(jnp.array(logits, jnp.float32), jnp.array(labels), smoothing, rate)
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_is_weighed_by_the_probability_that_the_label_is_right():
+    rng = np.random.default_rng(1)
+    logits = jnp.array(4 * rng.normal(size=(64, 10)), jnp.float32)
+    labels = jnp.array(rng.integers(0, 10, 64))
+
+    def gradient(rate):
+        return jax.grad(lambda x: cross_entropy(x, labels, 0.0, rate).sum())(logits)
+
+    p = softmax(np.array(logits, np.float64), axis=1)[np.arange(64), labels]
+    right = 0.7 * p / (0.7 * p + 0.3 / 10)
+    plain = np.array(gradient(0.0), np.float64)
+    np.testing.assert_allclose(gradient(0.3), right[:, None] * plain, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient(1e-12), plain, rtol=1e-5, atol=1e-7)  # rate → 0
+
+
+def test_a_label_that_is_ruled_out_pulls_at_nothing():
+    logits = jnp.array([[200.0, 0.0, 0.0], [1e4, -1e4, 0.0]])
+    labels = jnp.array([1, 1])
+    losses = cross_entropy(logits, labels, 0.0, 0.3)
+    np.testing.assert_allclose(losses, -np.log(0.1), rtol=1e-6)  # ε/K: the loss has an upper bound
+    gradient = jax.grad(lambda x: cross_entropy(x, labels, 0.0, 0.3).sum())(logits)
+    np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
+
+
 def test_detection_is_the_rank_statistic():
     generator = np.random.default_rng(0)
     losses = generator.integers(0, 50, 400).astype(np.float32)  # with ties
@@ -88,19 +129,21 @@ def test_only_training_labels_are_shuffled(tiny_job: list[str]):
 
 
 def test_the_command_lists_suspects(tiny_job: list[str], tmp_path: Path):
-    def run(*flags: str) -> None:
-        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-        command = [sys.executable, "-m", "hccr_jax.main", *tiny_job, f"--workdir={tmp_path}"]
-        result = subprocess.run(
-            [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-
-    run("--config.num_steps=4", "--config.data.label_noise=0.25", "--config.seed=5")
+    flags = [*tiny_job, f"--workdir={tmp_path}"]
+    noise = ["--config.num_steps=4", "--config.data.label_noise=0.25", "--config.seed=5"]
+    assert main.main(["main", *flags, *noise]) == 0
     assert not (tmp_path / "suspects.json").exists()
     # The shuffled labels are those of the run, whatever the config says.
-    run("--mode=eval", "--config.eval.suspects=10")
+    command = [sys.executable, "-m", "hccr_jax.main", *flags, "--mode=eval"]
+    result = subprocess.run(
+        [*command, "--config.eval.suspects=10"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "suspects.json").read_text("utf-8"))
     rows = content["suspects"]
     assert (content["step"], content["characters"], len(rows)) == (4, 88, 10)
