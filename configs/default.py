@@ -45,6 +45,8 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train"
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
     config.data.test_split = "test"  # to report on, once
+    # This share of the training labels, at random, is made wrong, to measure what that costs.
+    config.data.label_noise = 0.0
     config.data.strokes = ConfigDict()
     config.data.strokes.num_characters = 3755  # the first ones in Unicode order
     config.data.strokes.num_train_writers = 240
@@ -70,6 +72,8 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.label_smoothing = 0.0
+    # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
+    config.loss.noise_rate = 0.0
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
@@ -110,4 +114,6 @@ def get_config() -> ConfigDict:
     config.eval.robustness = False
     config.eval.robustness_images = 3000  # in each set; 0: the whole split
     config.eval.paper_protocol = False
+    # So many training characters are listed that are most likely miswritten or wrongly labelled.
+    config.eval.suspects = 0
     return config

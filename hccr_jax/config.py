@@ -88,6 +88,7 @@ RULES: dict[str, Rule] = {
     "data.train_split": Rule(str),
     "data.validation_split": Rule(str),
     "data.test_split": Rule(str),
+    "data.label_noise": _SHARE,
     "data.strokes.num_characters": Rule(int, 2, 3755),
     "data.strokes.num_train_writers": Rule(int, 2, 100_000),
     "data.strokes.num_test_writers": Rule(int, 1, 100_000),
@@ -108,6 +109,7 @@ RULES: dict[str, Rule] = {
     "augment.erase_max_side": Rule(float, 0.05, 1),
     "augment.noise_std": Rule(float, 0, 1),
     "loss.label_smoothing": Rule(float, 0, 0.99),
+    "loss.noise_rate": Rule(float, 0, 0.99),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
     "optimizer.learning_rate": Rule(float, _TINY, 1000),
     "optimizer.batch_rule": Rule(str, words=("none", "sqrt", "linear")),
@@ -132,6 +134,7 @@ RULES: dict[str, Rule] = {
     "eval.robustness": Rule(bool),
     "eval.robustness_images": Rule(int, 0),
     "eval.paper_protocol": Rule(bool),
+    "eval.suspects": Rule(int, 0, 10_000),
 }
 
 # A resume may change these: they leave the run's course as it was.

@@ -13,6 +13,7 @@ from hccr_jax.augment import make_augment
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
+from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, load_split
 from hccr_jax.network import Network, create_network
 from hccr_jax.pretrained import load_pretrained, start_from
@@ -67,8 +68,8 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
       InputError: the data or the config's numbers do not fit.
     """
     data, options = config.data, config.optimizer
-    names = (data.train_split, data.validation_split, data.test_split)
-    train, validation, test = (load(config, name) for name in names)
+    train = load_training(config)
+    validation, test = (load(config, name) for name in (data.validation_split, data.test_split))
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
@@ -96,6 +97,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         network.mesh,
         seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
+        noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
         accumulation_steps=config.gradient_accumulation_steps,
         average_decay=options.average_decay,
@@ -136,6 +138,15 @@ def load(config: ConfigDict, split: str) -> Split:
     """Returns a split in normal form."""
     data, name = config.data, dataset_name(config)
     return load_split(name, data.data_dir, split, data.image_px, data.margin_px, data.aspect)
+
+
+def load_training(config: ConfigDict) -> Split:
+    """Returns the training split, with as many wrong labels as `data.label_noise` asks for."""
+    train = load(config, config.data.train_split)
+    if config.data.label_noise == 0.0:
+        return train
+    labels = shuffle_labels(train.labels, config.data.label_noise, len(train.classes), config.seed)
+    return dataclasses.replace(train, labels=labels)
 
 
 def steps_per_call(config: ConfigDict) -> int:

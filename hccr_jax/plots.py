@@ -279,6 +279,42 @@ def write_robustness(workdir: str | Path, curves: Mapping[str, Any]) -> Path:
     return _save(figure, workdir, "robustness")
 
 
+def write_suspects(
+    workdir: str | Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    answers: np.ndarray,
+    confidence: np.ndarray,
+    classes: Sequence[str],
+    *,
+    title: str,
+    columns: int = 8,
+) -> Path:
+    """Draws characters whose label is in doubt, each above its label and the answer given.
+
+    Args:
+      workdir: the run's folder; the sheet becomes `plots/suspects.png` there.
+      images: uint8 (N, S, S), ink high.
+      labels, answers: int (N,), classes.
+      confidence: float (N,), the probability given to each answer.
+      classes: the characters, in class order.
+      title: of the sheet.
+      columns: characters in a row.
+    """
+    width, height, side = 128, 156, 112
+    rows = -(-len(images) // columns)
+    figure, axes = _sheet(columns * width, rows * height, title)
+    for index, image in enumerate(images):
+        x, y = index % columns * width, index // columns * height
+        _draw_image(axes, image, x, y, side)
+        _draw_character(axes, classes[int(labels[index])], x, y + 116, 28, INK)
+        axes.text(x + 38, y + 130, "→", fontsize=11, color=QUIET, ha="center", va="center")
+        _draw_character(axes, classes[int(answers[index])], x + 48, y + 116, 28, RED)
+        text = f"{float(confidence[index]):.0%}".replace("%", " %")
+        axes.text(x + 80, y + 130, text, fontsize=8.5, color=INK, va="center")
+    return _save(figure, workdir, "suspects")
+
+
 def _series(rows: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(step, row[key]) for step, row in rows.items() if np.isfinite(row.get(key, np.nan))]
     steps, values = zip(*points, strict=True) if points else ((), ())

@@ -44,7 +44,8 @@ def load_pretrained(
 
     Args:
       path: folder of a run, or its folder checkpoints.
-      config: how to use it; the network and the images' normal form are the run's own.
+      config: how to use it; the network, the images' normal form and which labels were shuffled
+        are the run's own.
       network: of that run, where it is at hand, compiled.
 
     Raises:
@@ -67,7 +68,10 @@ def load_pretrained(
         trained, classes = about["config"], tuple(about["classes"])
         config = config.copy_and_resolve_references()
         config.model.update(trained["model"])
-        config.data.update({key: trained["data"].get(key, config.data[key]) for key in NORMAL_FORM})
+        own = trained["data"]
+        kept = (*NORMAL_FORM, "label_noise")  # with the seed it tells which labels were shuffled
+        config.data.update({key: own[key] for key in kept if key in own})
+        config.seed = trained["seed"]
         network = network or create_network(config, len(classes))
         like = {"params": network.params, "eval_batch_stats": network.batch_stats}
         items = checkpoints.restore(step, like, sharding.replicated(network.mesh))

@@ -19,6 +19,7 @@ PLOTS = {
     "robustness": "Accuracy against the angle of rotation and against the aspect.",
     "robustness_sets": "Test images before and after distortion.",
     "robustness_failures": "Wrong answers of the highest confidence on distorted images.",
+    "suspects": "Training characters of the highest loss: the label and the network's answer.",
 }
 # Top-1 on 9,000 distorted images without and with the resize augmentation: section 6 of the paper.
 PAPER_ROBUSTNESS = {
@@ -142,6 +143,7 @@ def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, b
         _curves(pictures),
         _sheet("Augmentation", "augmented", pictures),
         _sheet("Mistakes", "mistakes", pictures),
+        _sheet("Suspicious training characters", "suspects", pictures),
         _robustness(results, pictures),
         _config(config),
         _table("Versions", _versions()),

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import time
@@ -16,17 +15,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, report, robustness, sharding
+from hccr_jax import plots, sharding
+from hccr_jax.assess import assess
 from hccr_jax.checkpoint import Checkpoints, check_classes
-from hccr_jax.data.distortions import Source
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
-from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
-from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, create_job, dataset_name, load
+from hccr_jax.evaluate import evaluate
+from hccr_jax.job import Job, create_job, load
 from hccr_jax.metrics import MetricsWriter
-from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
+from hccr_jax.pretrained import load_pretrained
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
@@ -68,7 +66,7 @@ def train_and_evaluate(
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
     with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
         train(job, workdir, checkpoints, timeline)
-    return _report(load_pretrained(workdir, config, job.network), job.test, workdir)
+    return assess(load_pretrained(workdir, config, job.network), job.test, workdir)
 
 
 def evaluate_checkpoint(
@@ -92,7 +90,7 @@ def evaluate_checkpoint(
     pretrained = load_pretrained(checkpoint or workdir, config)
     split = load(pretrained.config, config.data.test_split)
     workdir.mkdir(parents=True, exist_ok=True)
-    return _report(pretrained, split, workdir)
+    return assess(pretrained, split, workdir)
 
 
 def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
@@ -207,66 +205,6 @@ def _validate(job: Job, state: TrainState, statistics: Any) -> dict[str, float]:
     )
     scores = answers.summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
-
-
-def _report(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
-    """Evaluates on the test split and writes everything that a person looks at."""
-    network, config = pretrained.network, pretrained.config
-    check_classes(pretrained.classes, split.classes, pretrained.source)
-
-    def answer(split: Split) -> Evaluation:
-        variables, size = (network.params, network.batch_stats), config.eval.batch_size
-        return evaluate(network.eval_step, *variables, split, size, network.mesh)
-
-    answers = answer(split)
-    results = {"step": pretrained.step, "split": config.data.test_split, **answers.summary()}
-    if pretrained.validation:
-        results["validation_top1"] = pretrained.validation["top1"]
-    results |= _evaluate_distorted(config, answer, split, workdir)
-    if jax.process_index() == 0:
-        _write_results(workdir, results, answers, split)
-    return results
-
-
-def _evaluate_distorted(
-    config: ConfigDict, answer: robustness.Answer, split: Split, workdir: Path
-) -> dict[str, Any]:
-    """Returns the results on distorted test images, those that the config asks for."""
-    data, options, results = config.data, config.eval, {}
-    form = [data[key] for key in NORMAL_FORM]
-    source = Source(dataset_name(config), data.data_dir, data.test_split, *form)
-    if options.paper_protocol:
-        results["paper_protocol"] = robustness.evaluate_paper_protocol(answer, split, source)
-    if options.robustness:
-        results["robustness"] = robustness.evaluate_robustness(
-            answer, split, source, options.robustness_images, workdir
-        )
-    return results
-
-
-def _write_results(
-    workdir: Path, results: dict[str, Any], answers: Evaluation, split: Split
-) -> None:
-    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
-    if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
-        plots.write_mistakes(
-            workdir,
-            split.images,
-            split.labels,
-            answers.candidates,
-            answers.probabilities,
-            split.classes,
-        )
-    plots.write_curves(workdir)
-    page = report.write_report(workdir)
-    print(
-        f"{results['split']}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, "
-        f"{results['count']:,} characters, step {results['step']:,}"
-    )
-    if sets := results.get("robustness"):
-        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in report.PAPER_ROBUSTNESS)
-        print(f"distorted: top-1 {scores}")
-    print(f"report: {page}")
 
 
 def _write_augmented_sheet(job: Job, workdir: Path) -> None:

@@ -73,6 +73,7 @@ def make_train_step(
     *,
     seed: int,
     label_smoothing: float = 0.0,
+    noise_rate: float = 0.0,
     batch_norm_momentum: float = 0.9997,
     accumulation_steps: int = 1,
     average_decay: float = 0.0,
@@ -85,7 +86,7 @@ def make_train_step(
       augment: from `augment.make_augment`.
       mesh: from `sharding.create_mesh`.
       seed: of the run; augmentation and dropout are functions of (seed, step, row).
-      label_smoothing: of the loss.
+      label_smoothing, noise_rate: of the loss, see `losses.cross_entropy`.
       batch_norm_momentum: see `average_statistics`.
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
@@ -112,8 +113,8 @@ def make_train_step(
                     params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
                 )
                 # The mean over the whole batch: each part on each device holds its share of it.
-                loss = losses.cross_entropy(logits, labels, label_smoothing).mean() * share
-                return loss, (logits, batch_stats)
+                rows = losses.cross_entropy(logits, labels, label_smoothing, noise_rate)
+                return rows.mean() * share, (logits, batch_stats)
 
             (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params

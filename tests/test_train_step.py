@@ -135,7 +135,7 @@ def descent():
     network = make_small_network()
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
     step = make_train_step(
-        network[0], optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1
+        network[0], optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1, noise_rate=0.2
     )
     return network, optimizer, step
 
@@ -148,7 +148,7 @@ def test_a_step_descends_the_gradient_of_the_mean_loss(descent):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def plain(params):
         logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
-        return cross_entropy(logits, jnp.array(labels), 0.1).mean(), (logits, statistics)
+        return cross_entropy(logits, jnp.array(labels), 0.1, 0.2).mean(), (logits, statistics)
 
     (loss, (logits, statistics)), gradients = plain(params)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)

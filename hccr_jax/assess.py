@@ -1,0 +1,104 @@
+"""The last evaluation of a network: every test that its config asks for, and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from hccr_jax import plots, report, robustness, suspects
+from hccr_jax.checkpoint import check_classes
+from hccr_jax.data.distortions import Source
+from hccr_jax.data.splits import Split
+from hccr_jax.evaluate import Evaluation, evaluate
+from hccr_jax.job import dataset_name, load, load_training
+from hccr_jax.pretrained import NORMAL_FORM, Pretrained
+
+
+def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
+    """Evaluates a network on the test split and writes everything that a person looks at.
+
+    Args:
+      pretrained: the network; its config tells which further tests there are.
+      split: the test split.
+      workdir: gets eval.json, plots/ and report.html.
+
+    Returns:
+      What eval.json holds.
+
+    Raises:
+      InputError: the network was trained on another class list.
+    """
+    network, config = pretrained.network, pretrained.config
+    check_classes(pretrained.classes, split.classes, pretrained.source)
+
+    def answer(split: Split) -> Evaluation:
+        variables, size = (network.params, network.batch_stats), config.eval.batch_size
+        return evaluate(network.eval_step, *variables, split, size, network.mesh)
+
+    answers = answer(split)
+    results = {"step": pretrained.step, "split": config.data.test_split, **answers.summary()}
+    if pretrained.validation:
+        results["validation_top1"] = pretrained.validation["top1"]
+    results |= _evaluate_distorted(config, answer, split, workdir)
+    if config.eval.suspects:
+        results |= _find_suspects(config, answer, workdir, pretrained.step)
+    if jax.process_index() == 0:
+        _write_results(workdir, results, answers, split)
+    return results
+
+
+def _evaluate_distorted(
+    config: ConfigDict, answer: robustness.Answer, split: Split, workdir: Path
+) -> dict[str, Any]:
+    """Returns the results on distorted test images, those that the config asks for."""
+    data, options, results = config.data, config.eval, {}
+    form = [data[key] for key in NORMAL_FORM]
+    source = Source(dataset_name(config), data.data_dir, data.test_split, *form)
+    if options.paper_protocol:
+        results["paper_protocol"] = robustness.evaluate_paper_protocol(answer, split, source)
+    if options.robustness:
+        results["robustness"] = robustness.evaluate_robustness(
+            answer, split, source, options.robustness_images, workdir
+        )
+    return results
+
+
+def _find_suspects(
+    config: ConfigDict, answer: robustness.Answer, workdir: Path, step: int
+) -> dict[str, Any]:
+    """Writes the most suspicious training characters; tells how well shuffled labels are found."""
+    train = load_training(config)
+    answers = answer(train)
+    if jax.process_index() == 0:
+        suspects.write_suspects(workdir, answers, train, config.eval.suspects, step)
+    if config.data.label_noise == 0.0:
+        return {}
+    wrong = train.labels != load(config, config.data.train_split).labels
+    return {"shuffled_labels": suspects.detection(answers.losses, wrong)}
+
+
+def _write_results(
+    workdir: Path, results: dict[str, Any], answers: Evaluation, split: Split
+) -> None:
+    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
+        plots.write_mistakes(
+            workdir,
+            split.images,
+            split.labels,
+            answers.candidates,
+            answers.probabilities,
+            split.classes,
+        )
+    plots.write_curves(workdir)
+    page = report.write_report(workdir)
+    print(
+        f"{results['split']}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, "
+        f"{results['count']:,} characters, step {results['step']:,}"
+    )
+    if sets := results.get("robustness"):
+        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in report.PAPER_ROBUSTNESS)
+        print(f"distorted: top-1 {scores}")
+    print(f"report: {page}")
