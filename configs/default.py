@@ -13,6 +13,9 @@ def get_config() -> ConfigDict:
     # The length of the run: one is positive, the other 0.
     config.num_steps = 0
     config.num_epochs = 0.0
+    # A run whose best weights to start from, or its folder checkpoints; "" for none. The classes'
+    # weights are taken over character by character.
+    config.init_from = ""
     config.batch_size = 256  # over all devices
     # The batch in so many parts, one after the other, where it does not fit in memory at once; each
     # part has batch-norm statistics of its own.
@@ -24,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.name = "mobilenet_v2"
     config.model.width = 1.0
     config.model.stem_stride = 2  # 1: maps of twice the side, four times the arithmetic
+    config.model.last_stride = 2  # 1: the last maps of twice the side
     config.model.dropout_rate = 0.0
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
@@ -58,6 +62,8 @@ def get_config() -> ConfigDict:
     config.augment.zoom = 0.0
     config.augment.shear = 0.0
     config.augment.shift_px = 0.0
+    config.augment.elastic_px = 0.0
+    config.augment.stroke_width = 0.0
     config.augment.erase_prob = 0.0
     config.augment.erase_max_side = 0.3
     config.augment.noise_std = 0.0
@@ -79,6 +85,8 @@ def get_config() -> ConfigDict:
     config.optimizer.end_learning_rate = 0.0  # of the cosine
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 0.0  # 0: no clipping
+    # Evaluates with a moving average of the weights, whose past weighs so much. 0: none.
+    config.optimizer.average_decay = 0.0
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -88,6 +96,10 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 0  # 0: once an epoch
     config.eval.batch_size = 256
+    # The network sees each image under so many slight turns and zooms, and in every mirroring; its
+    # log-probabilities are averaged. Each view costs a pass.
+    config.eval.views = 1
+    config.eval.flip_views = False
     # Before an evaluation, batch-norm statistics are taken anew from this many training batches
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
     # then swings by tens of points. 0: the running averages as they are.

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
-NUM_DRAWS = 16
+NUM_DRAWS = 17
+ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
 
 
 def make_augment(
@@ -21,6 +23,8 @@ def make_augment(
     zoom: float = 0.0,
     shear: float = 0.0,
     shift_px: float = 0.0,
+    elastic_px: float = 0.0,
+    stroke_width: float = 0.0,
     erase_prob: float = 0.0,
     erase_max_side: float = 0.3,
     noise_std: float = 0.0,
@@ -28,7 +32,8 @@ def make_augment(
     """Returns the augmentation as a pure function of keys and images.
 
     The parts act in this order, composed into one matrix: flips, rotation, resize, shear, zoom,
-    shift. What comes in from outside the image is paper.
+    shift. An elastic deformation is part of the same resampling. What comes in from outside the
+    image is paper.
 
     Args:
       flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
@@ -40,6 +45,10 @@ def make_augment(
       zoom: scales by U(1 − zoom, 1 + zoom).
       shear: shifts each row by U(−shear, shear) times its distance from the middle row.
       shift_px: shifts by U(−shift_px, shift_px) along each axis.
+      elastic_px: standard deviation, in pixels and along each axis, of displacements that are drawn
+        at the corners of a coarse grid and smoothly interpolated between them.
+      stroke_width: goes a share U(−stroke_width, stroke_width) of the way to the image whose
+        strokes are one pixel wider on each side (dilated by 3×3), or narrower (eroded).
       erase_prob, erase_max_side: with this probability turns a rectangle to paper whose sides are
         U(0.05, erase_max_side) of the image's.
       noise_std: standard deviation of Gaussian noise added to every pixel (ink is 1).
@@ -49,7 +58,7 @@ def make_augment(
       depends on keys[i] and images[i] alone.
 
     Source: section 5 of the paper and its authors' code (ranges); erasing:
-    https://arxiv.org/abs/1708.04896.
+    https://arxiv.org/abs/1708.04896; elastic deformation: Simard, Steinkraus and Platt, ICDAR 2003.
     """
 
     def linear(draws: jax.Array, images: jax.Array) -> jax.Array:
@@ -73,7 +82,10 @@ def make_augment(
         draws = jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
         matrices = linear(draws, images).transpose(2, 0, 1)
         shifts = _spread(draws[9:11], shift_px).T
-        warped = warp(images, matrices, shifts)
+        bend = _elastic_field(keys, images.shape[1], elastic_px) if elastic_px > 0 else None
+        warped = warp(images, matrices, shifts, bend)
+        if stroke_width > 0:
+            warped = change_stroke_width(warped, _spread(draws[16], stroke_width))
         if erase_prob > 0:
             warped = _erase(warped, draws[11:16], erase_prob, erase_max_side)
         if noise_std > 0:
@@ -84,6 +96,19 @@ def make_augment(
         return warped
 
     return augment
+
+
+def test_views(count: int, flips: bool) -> np.ndarray:
+    """Returns the maps under which one image is seen at test time, float32 (V, 2, 2) for `warp`.
+
+    Args:
+      count: the first so many of: as it is, turned by 6° either way, smaller by 8 %, larger by 8 %.
+      flips: each of them as it is, mirrored along either axis, and along both.
+    """
+    turn = [np.asarray(rotation_matrix(jnp.deg2rad(angle))) for angle in (6.0, -6.0)]
+    maps = np.stack([np.eye(2), *turn, np.eye(2) * 0.92, np.eye(2) * 1.08])[:count]
+    mirrors = [np.diag([x, y]) for x in (1, -1) for y in (1, -1)] if flips else [np.eye(2)]
+    return np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
 
 
 def rotation_matrix(angle: jax.Array) -> jax.Array:
@@ -108,7 +133,9 @@ def ink_extents(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return extent(ink.any(axis=1)), extent(ink.any(axis=2))
 
 
-def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array:
+def warp(
+    images: jax.Array, matrices: jax.Array, shifts: jax.Array, bend: jax.Array | None = None
+) -> jax.Array:
     """Returns images moved by affine maps, with bilinear sampling and paper (0) outside.
 
     A point at offset p = (x right, y down), in pixels from the image's centre, moves to
@@ -119,6 +146,7 @@ def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array
       images: float32 (B, S, S).
       matrices: float32 (B, 2, 2), invertible.
       shifts: float32 (B, 2), pixels.
+      bend: float32 (B, 2, S·S), pixels (x, y) added to where each pixel of the result is read from.
     """
     batch, size, _ = images.shape
     (a, b), (c, d) = matrices.transpose(1, 2, 0)[..., None]
@@ -126,9 +154,12 @@ def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array
     grid = jnp.arange(size, dtype=jnp.float32) + 0.5 - size / 2
     to_x, to_y = jnp.tile(grid, size)[None], jnp.repeat(grid, size)[None]
     x, y = to_x - shifts[:, :1], to_y - shifts[:, 1:]
+    from_x, from_y = (d * x - b * y) * scale, (a * y - c * x) * scale
+    if bend is not None:
+        from_x, from_y = from_x + bend[:, 0], from_y + bend[:, 1]
     # Back to pixel indices of the source; beyond one pixel outside all is paper.
-    from_x = jnp.clip((d * x - b * y) * scale + (size / 2 - 0.5), -1.0, size)
-    from_y = jnp.clip((a * y - c * x) * scale + (size / 2 - 0.5), -1.0, size)
+    from_x = jnp.clip(from_x + (size / 2 - 0.5), -1.0, size)
+    from_y = jnp.clip(from_y + (size / 2 - 0.5), -1.0, size)
     left, top = jnp.floor(from_x), jnp.floor(from_y)
     right_share, bottom_share = from_x - left, from_y - top
     # A border of paper, one pixel before and two after, keeps all four neighbours inside the array.
@@ -142,6 +173,38 @@ def warp(images: jax.Array, matrices: jax.Array, shifts: jax.Array) -> jax.Array
     upper = tap(0) * (1 - right_share) + tap(1) * right_share
     lower = tap(line) * (1 - right_share) + tap(line + 1) * right_share
     return (upper * (1 - bottom_share) + lower * bottom_share).reshape(images.shape)
+
+
+def _elastic_field(keys: jax.Array, size: int, elastic_px: float) -> jax.Array:
+    """Returns smooth random displacements, float32 (B, 2, S·S), for `warp`."""
+    shape = (2, ELASTIC_CELLS + 1, ELASTIC_CELLS + 1)
+    corners = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 2), shape))(keys)
+    place = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (ELASTIC_CELLS / size)
+    distance = jnp.abs(place[:, None] - jnp.arange(ELASTIC_CELLS + 1, dtype=jnp.float32)[None])
+    # Half a cosine wave from one corner to the next: the field has no creases.
+    weights = jnp.where(distance < 1, 0.5 + 0.5 * jnp.cos(jnp.pi * distance), 0.0) * elastic_px
+    field = jnp.einsum("yi,bcij,xj->bcyx", weights, corners, weights / elastic_px)
+    return field.reshape(*field.shape[:2], size * size)
+
+
+def change_stroke_width(images: jax.Array, amount: jax.Array) -> jax.Array:
+    """Returns images with wider or narrower strokes.
+
+    Args:
+      images: float32 (B, S, S), ink 1.
+      amount: float32 (B,), the share of the way to the dilated image, where negative to the eroded.
+    """
+
+    def reach(x: jax.Array, best: Callable[..., jax.Array]) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        rows = best(best(padded[:, :-2], padded[:, 2:]), padded[:, 1:-1])
+        return best(best(rows[..., :-2], rows[..., 2:]), rows[..., 1:-1])
+
+    amount = amount[:, None, None]
+    wider, narrower = reach(images, jnp.maximum), reach(images, jnp.minimum)
+    return jnp.where(
+        amount > 0, images + amount * (wider - images), images + amount * (images - narrower)
+    )
 
 
 def _erase(images: jax.Array, draws: jax.Array, probability: float, max_side: float) -> jax.Array:

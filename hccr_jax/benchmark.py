@@ -58,8 +58,8 @@ from hccr_jax.bench.workloads import ROWS, Workloads
 from hccr_jax.data import charset
 from hccr_jax.data.workers import cpu_count
 from hccr_jax.errors import InputError
-from hccr_jax.job import compute_dtype
 from hccr_jax.models.registry import create_model
+from hccr_jax.network import compute_dtype
 from hccr_jax.startup import prepare_process
 
 PEER_ROWS = ("train_step", "train_step_augmented", "forward", "augment")

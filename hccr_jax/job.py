@@ -5,9 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
@@ -17,36 +14,16 @@ from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.splits import Split, load_split
-from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.network import Network, create_network
+from hccr_jax.pretrained import load_pretrained, start_from
 from hccr_jax.startup import Timeline
-from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
+from hccr_jax.train_state import TrainState, create_train_state
 from hccr_jax.train_step import (
     Augment,
-    make_eval_step,
     make_statistics_step,
     make_train_call,
     make_train_step,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """What an evaluation needs.
-
-    Attributes:
-      mesh: of all devices.
-      apply: the network as a pure function.
-      eval_step: from `train_step.make_eval_step`.
-      params, batch_stats: initial, on every device.
-      summary: its layers, as a table.
-    """
-
-    mesh: Mesh
-    apply: Apply
-    eval_step: Callable[..., Any]
-    params: Any
-    batch_stats: Any
-    summary: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +56,6 @@ class Job:
     initial: TrainState
 
 
-def create_network(config: ConfigDict, num_classes: int) -> Network:
-    """Returns the network of a config, freshly initialised."""
-    mesh = sharding.create_mesh()
-    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
-    options["dtype"] = compute_dtype(config)
-    rngs = nnx.Rngs(stream_key(config.seed, INIT))
-    model = create_model(num_classes=num_classes, rngs=rngs, **options)
-    apply, *initial = split_model(model)
-    params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
-    summary, _ = summarize(model, config.data.image_px)
-    return Network(mesh, apply, make_eval_step(apply, mesh), params, batch_stats, summary)
-
-
 def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     """Returns everything a training run needs; data sets are put into normal form on first use.
 
@@ -108,6 +72,8 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
+    if config.init_from:
+        network = start_from(network, train.classes, load_pretrained(config.init_from, config))
     factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
     schedule = optim.make_schedule(
         options.schedule,
@@ -132,11 +98,14 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         label_smoothing=config.loss.label_smoothing,
         batch_norm_momentum=config.model.batch_norm_momentum,
         accumulation_steps=config.gradient_accumulation_steps,
+        average_decay=options.average_decay,
     )
     longest = steps_per_call(config)
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
-    state = create_train_state(network.params, network.batch_stats, optimizer)
+    state = create_train_state(
+        network.params, network.batch_stats, optimizer, options.average_decay > 0
+    )
     state = jax.device_put(state, sharding.replicated(network.mesh))
     timeline.lap("network")
     return Job(
@@ -167,13 +136,6 @@ def load(config: ConfigDict, split: str) -> Split:
     """Returns a split in normal form."""
     data, name = config.data, dataset_name(config)
     return load_split(name, data.data_dir, split, data.image_px, data.margin_px, data.aspect)
-
-
-def compute_dtype(config: ConfigDict) -> Any:
-    """Returns the dtype of the arithmetic; "auto" is bfloat16 where the device computes in it."""
-    if config.model.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.model.dtype)
 
 
 def steps_per_call(config: ConfigDict) -> int:

@@ -24,8 +24,9 @@ from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
-from hccr_jax.job import Job, Network, create_job, create_network, dataset_name, load
+from hccr_jax.job import Job, create_job, dataset_name, load
 from hccr_jax.metrics import MetricsWriter
+from hccr_jax.network import Network, create_network
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
@@ -166,7 +167,10 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
 def _items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:
     """Returns what a checkpoint holds, by name."""
     progress = {"step": state.step, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
-    return {"params": state.params, "eval_batch_stats": eval_batch_stats, "progress": progress}
+    if state.average_params is not None:
+        progress["params"] = state.params
+    items = {"params": state.eval_params, "eval_batch_stats": eval_batch_stats}
+    return items | {"progress": progress}
 
 
 def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
@@ -178,7 +182,9 @@ def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
     like = _items(job.initial, job.initial.batch_stats)
     items = checkpoints.restore(step, like, sharding.replicated(job.network.mesh))
     print(f"resuming at step {step}")
-    return TrainState(params=items["params"], **items["progress"])
+    if job.initial.average_params is None:
+        return TrainState(params=items["params"], **items["progress"])
+    return TrainState(average_params=items["params"], **items["progress"])
 
 
 def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
@@ -207,14 +213,14 @@ def _fresh_statistics(job: Job, state: TrainState) -> Any:
     for count in range(config.eval.batch_norm_batches):
         rows = batch_rows(config.seed, count, config.batch_size, len(job.train.labels))
         batch = sharding.put_batch(gather(job.train, rows[mine]), job.network.mesh)
-        averages = job.statistics_step(state.params, averages, batch.images, jnp.int32(count))
+        averages = job.statistics_step(state.eval_params, averages, batch.images, jnp.int32(count))
     return averages
 
 
 def _validate(job: Job, state: TrainState, statistics: Any) -> dict[str, float]:
     size, network = job.config.eval.batch_size, job.network
     answers = evaluate(
-        network.eval_step, state.params, statistics, job.validation, size, network.mesh
+        network.eval_step, state.eval_params, statistics, job.validation, size, network.mesh
     )
     scores = answers.summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
@@ -231,9 +237,9 @@ def _report(
     items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
     params, statistics = items["params"], items["eval_batch_stats"]
 
-    def answer(split: Split) -> Evaluation:
+    def answer(images: Split) -> Evaluation:
         size = config.eval.batch_size
-        return evaluate(network.eval_step, params, statistics, split, size, network.mesh)
+        return evaluate(network.eval_step, params, statistics, images, size, network.mesh)
 
     answers = answer(split)
     results = {"step": step, "split": config.data.test_split, **answers.summary()}
@@ -250,8 +256,8 @@ def _evaluate_distorted(
 ) -> dict[str, Any]:
     """Returns the results on distorted test images, those that the config asks for."""
     data, options, results = config.data, config.eval, {}
-    form = [data[key] for key in NORMAL_FORM]
-    source = Source(dataset_name(config), data.data_dir, data.test_split, *form)
+    form = {key: data[key] for key in NORMAL_FORM}
+    source = Source(dataset_name(config), data.data_dir, data.test_split, **form)
     if options.paper_protocol:
         results["paper_protocol"] = robustness.evaluate_paper_protocol(answer, split, source)
     if options.robustness:

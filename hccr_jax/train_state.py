@@ -20,21 +20,34 @@ class TrainState:
       params: nested dict of float32 arrays.
       batch_stats: nested dict, running averages of the batch-norm statistics.
       opt_state: the optimiser's.
+      average_params: a moving average of params, None where none is kept.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    average_params: Any = None
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate with."""
+        return self.params if self.average_params is None else self.average_params
 
 
 def create_train_state(
-    params: Any, batch_stats: Any, optimizer: optax.GradientTransformation
+    params: Any,
+    batch_stats: Any,
+    optimizer: optax.GradientTransformation,
+    averages_params: bool = False,
 ) -> TrainState:
     """Returns the state before the first step."""
     step = jnp.zeros((), jnp.int32)
     # Compiled as one program: leaf by leaf, JAX would compile one for each shape.
-    return TrainState(step, params, batch_stats, jax.jit(optimizer.init)(params))
+    opt_state = jax.jit(optimizer.init)(params)
+    # A copy: the step gives up the memory of both.
+    average = jax.tree.map(jnp.copy, params) if averages_params else None
+    return TrainState(step, params, batch_stats, opt_state, average)
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:

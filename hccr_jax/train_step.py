@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax import losses, sharding
+from hccr_jax.augment import warp
 from hccr_jax.models.registry import Apply
 from hccr_jax.sharding import DATA_AXIS
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, stream_key
@@ -38,6 +40,17 @@ def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: flo
     return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
 
 
+def average_params(averages: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Returns the moving average of the parameters after one more step.
+
+    The weight of the past is min(decay, (t + 1) / (t + 10)) at step t, so that the initial weights
+    are soon forgotten.
+    """
+    t = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (t + 1.0) / (t + 10.0))
+    return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, params)
+
+
 def row_keys(seed: int, stream: int, step: jax.Array, rows: int) -> jax.Array:
     """Returns one key (B,) for each row of a step's global batch.
 
@@ -62,6 +75,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     batch_norm_momentum: float = 0.9997,
     accumulation_steps: int = 1,
+    average_decay: float = 0.0,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
@@ -76,6 +90,7 @@ def make_train_step(
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
+      average_decay: of the moving average of the parameters, where the state has one.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
@@ -127,7 +142,10 @@ def make_train_step(
             "accuracy": correct,
             "gradient_norm": optax.tree.norm(gradients),
         }
-        return TrainState(state.step + 1, params, averages, opt_state), metrics
+        average = state.average_params
+        if average is not None:
+            average = average_params(average, params, state.step, average_decay)
+        return TrainState(state.step + 1, params, averages, opt_state, average), metrics
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     sharded_step = jax.shard_map(
@@ -183,7 +201,7 @@ def make_train_call(
 
 
 def make_eval_step(
-    apply: Apply, mesh: Mesh, num_candidates: int = 5
+    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: np.ndarray | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the jitted evaluation step.
 
@@ -191,6 +209,8 @@ def make_eval_step(
       apply: the network.
       mesh: from `sharding.create_mesh`.
       num_candidates: N best classes to return.
+      views: float32 (V, 2, 2) from `augment.test_views`; the network sees each image under all of
+        these maps, and the mean of its log-probabilities counts. None for the image alone.
 
     Returns:
       step(params, batch_stats, images uint8 (B, S, S), labels (B,)) -> (loss float32 (B,), classes
@@ -198,7 +218,13 @@ def make_eval_step(
     """
 
     def local_step(params, batch_stats, images, labels):
-        logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+        seen = to_float(images)
+        if views is not None:
+            maps = jnp.repeat(jnp.asarray(views), len(images), axis=0)
+            seen = warp(jnp.tile(seen, (len(views), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
+        logits, _ = apply(params, batch_stats, seen[..., None])
+        if views is not None:
+            logits = jax.nn.log_softmax(logits).reshape(len(views), len(images), -1).mean(0)
         scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
         probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
         results = losses.cross_entropy(logits, labels), classes, probabilities

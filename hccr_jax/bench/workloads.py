@@ -26,8 +26,9 @@ from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import evaluate
-from hccr_jax.job import compute_dtype, create_job, create_network, steps_per_call
+from hccr_jax.job import create_job, steps_per_call
 from hccr_jax.models.registry import count_parameters, create_model
+from hccr_jax.network import compute_dtype, create_network
 from hccr_jax.startup import Timeline
 from hccr_jax.train import train
 from hccr_jax.train_state import AUGMENT, create_train_state

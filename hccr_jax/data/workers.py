@@ -21,7 +21,7 @@ class WorkerPool:
     """Processes on all cores, as a context manager; leaving it drops what has not begun."""
 
     def __init__(self) -> None:
-        # Workers inherit it. With one on every core, NumPy's own threads would wait for one another.
+        # Workers inherit it: NumPy's threads would only get in the way of the other workers.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Threads of jax or of the record reader do not survive a fork, so the pool spawns.
         context = multiprocessing.get_context("spawn")

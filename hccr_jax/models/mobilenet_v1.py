@@ -14,6 +14,7 @@ BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
     (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
 )  # fmt: skip
+LAST_STRIDED = 11
 
 
 class MobileNetV1(nnx.Module):
@@ -24,6 +25,7 @@ class MobileNetV1(nnx.Module):
       channels: of the images.
       width: multiplier of all channel counts.
       stem_stride: of the first convolution; 1 keeps every map at twice the side.
+      last_stride: of the last block that has one; 1 keeps the maps from there on at twice the side.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
       dtype: of the arithmetic; parameters and logits are float32.
@@ -33,14 +35,15 @@ class MobileNetV1(nnx.Module):
 
     def __init__(
         self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
+        last_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
         dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
         self.stem = ConvNorm(channels, current, 3, stem_stride, **common)
         blocks = []
-        for block_channels, stride in BLOCKS:
+        for number, (block_channels, stride) in enumerate(BLOCKS):
+            stride = last_stride if number == LAST_STRIDED else stride
             following = scaled_channels(block_channels, width)
             blocks.append(DepthwiseSeparable(current, following, stride, **common))
             current = following

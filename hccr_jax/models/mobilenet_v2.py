@@ -13,6 +13,7 @@ STAGES = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1),
 )  # fmt: skip
+LAST_STRIDED = 5
 HEAD_CHANNELS = 1280
 
 
@@ -24,6 +25,7 @@ class MobileNetV2(nnx.Module):
       channels: of the images.
       width: multiplier of all channel counts; the head never has fewer than 1,280.
       stem_stride: of the first convolution; 1 keeps every map at twice the side.
+      last_stride: of the last stage that has one; 1 keeps the maps from there on at twice the side.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
       dtype: of the arithmetic; parameters and logits are float32.
@@ -34,17 +36,18 @@ class MobileNetV2(nnx.Module):
 
     def __init__(
         self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
+        last_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
         dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
         self.stem = ConvNorm(channels, current, 3, stem_stride, **common)
         blocks = []
-        for expansion, stage_channels, repeats, first_stride in STAGES:
+        for number, (expansion, stage_channels, repeats, first_stride) in enumerate(STAGES):
             following = scaled_channels(stage_channels, width)
             for index in range(repeats):
                 stride = first_stride if index == 0 else 1
+                stride = last_stride if (number, index) == (LAST_STRIDED, 0) else stride
                 blocks.append(InvertedResidual(current, following, stride, expansion, **common))
                 current = following
         self.blocks = nnx.List(blocks)

@@ -1,0 +1,35 @@
+"""Simulated writers of all 3,755 characters: weights for other runs to start from.
+
+python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
+python -m hccr_jax.main --config=configs/v2_best.py --config.init_from=runs/strokes ...
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns a short training of MobileNetV2 on 144 simulated writers."""
+    config = default.get_config()
+    config.num_steps = 5_500
+    config.batch_size = 128
+    config.data.name = "strokes"
+    config.data.aspect = "adaptive"
+    config.data.strokes.num_train_writers = 160
+    config.data.strokes.num_test_writers = 4
+    config.augment.rotate_deg = 5.0
+    config.augment.zoom = 0.1
+    config.augment.shear = 0.1
+    config.augment.shift_px = 2.0
+    config.augment.elastic_px = 1.0
+    config.augment.stroke_width = 0.5
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 0.05
+    config.optimizer.end_learning_rate = 1e-5
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 1.0
+    config.eval.every_steps = 5_500
+    return config

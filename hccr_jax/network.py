@@ -1,0 +1,61 @@
+"""A config's network, placed on the devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from hccr_jax import sharding
+from hccr_jax.augment import test_views
+from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.train_state import INIT, stream_key
+from hccr_jax.train_step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What an evaluation needs.
+
+    Attributes:
+      mesh: of all devices.
+      apply: the network as a pure function.
+      eval_step: from `train_step.make_eval_step`.
+      params, batch_stats: initial, on every device.
+      summary: its layers, as a table.
+    """
+
+    mesh: Mesh
+    apply: Apply
+    eval_step: Callable[..., Any]
+    params: Any
+    batch_stats: Any
+    summary: str
+
+
+def create_network(config: ConfigDict, num_classes: int) -> Network:
+    """Returns the network of a config, freshly initialised."""
+    mesh = sharding.create_mesh()
+    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
+    options["dtype"] = compute_dtype(config)
+    rngs = nnx.Rngs(stream_key(config.seed, INIT))
+    model = create_model(num_classes=num_classes, rngs=rngs, **options)
+    apply, *initial = split_model(model)
+    params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
+    summary, _ = summarize(model, config.data.image_px)
+    views = None
+    if config.eval.views > 1 or config.eval.flip_views:
+        views = test_views(config.eval.views, config.eval.flip_views)
+    eval_step = make_eval_step(apply, mesh, views=views)
+    return Network(mesh, apply, eval_step, params, batch_stats, summary)
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """Returns the dtype of the arithmetic; "auto" is bfloat16 where the device computes in it."""
+    if config.model.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.model.dtype)

@@ -1,0 +1,120 @@
+"""Trained networks: a run's best weights with all that is needed to use them, or to start from."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from hccr_jax import sharding
+from hccr_jax.checkpoint import Checkpoints
+from hccr_jax.errors import InputError
+from hccr_jax.network import Network, create_network
+
+NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained network.
+
+    Attributes:
+      network: with the trained parameters and the batch statistics to evaluate with.
+      classes: the characters, in the order of the logits.
+      config: the one asked for, with the network and the normal form of the run that trained it.
+      step: that the weights are of.
+      validation: the scores that chose the step; empty where nothing was validated.
+      source: the folder of the checkpoint.
+    """
+
+    network: Network
+    classes: tuple[str, ...]
+    config: ConfigDict
+    step: int
+    validation: dict[str, float]
+    source: Path
+
+
+def load_pretrained(path: str | Path, config: ConfigDict) -> Pretrained:
+    """Returns the network of the best step of a run.
+
+    Args:
+      path: folder of a run, or its folder checkpoints.
+      config: how to use it; the network and the images' normal form are the run's own.
+
+    Raises:
+      InputError: there is no such folder, or no whole checkpoint in it.
+    """
+    folder = Path(path).expanduser()
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; give the --workdir of a run, or its folder checkpoints"
+        )
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise InputError(
+                f"{folder}: no checkpoint in this folder; give the --workdir of a run that has "
+                f"saved one, or its folder checkpoints"
+            )
+        about = checkpoints.about(step)
+        trained, classes = about["config"], tuple(about["classes"])
+        config = config.copy_and_resolve_references()
+        config.model.update(trained["model"])
+        config.data.update({key: trained["data"].get(key, config.data[key]) for key in NORMAL_FORM})
+        network = create_network(config, len(classes))
+        like = {"params": network.params, "eval_batch_stats": network.batch_stats}
+        items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
+        network = dataclasses.replace(
+            network, params=items["params"], batch_stats=items["eval_batch_stats"]
+        )
+        scores = checkpoints.metrics(step)
+    return Pretrained(network, classes, config, step, scores, folder / str(step))
+
+
+def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained) -> Network:
+    """Returns a network that starts from trained weights.
+
+    The last layer, `classifier`, is taken over character by character; a character that is new
+    keeps its initial weights.
+
+    Args:
+      network: freshly initialised.
+      classes: its characters, in the order of the logits.
+      pretrained: of the same architecture, but for the classes.
+
+    Raises:
+      InputError: the architectures differ.
+    """
+    old = pretrained.network
+    place = {character: index for index, character in enumerate(pretrained.classes)}
+    kept = np.array([index for index, c in enumerate(classes) if c in place], int)
+    taken = np.array([place[classes[index]] for index in kept], int)
+
+    def take(fresh: Any, trained: Any, is_last: bool) -> Any:
+        if isinstance(fresh, dict):
+            if not isinstance(trained, dict) or fresh.keys() != trained.keys():
+                raise _other_architecture(pretrained)
+            return {
+                key: take(fresh[key], trained[key], is_last or key == "classifier") for key in fresh
+            }
+        if is_last and fresh.shape[:-1] == trained.shape[:-1]:
+            return fresh.at[..., kept].set(trained[..., taken])
+        if fresh.shape != trained.shape:
+            raise _other_architecture(pretrained)
+        return trained
+
+    params = take(network.params, old.params, False)
+    batch_stats = take(network.batch_stats, old.batch_stats, False)
+    return dataclasses.replace(network, params=params, batch_stats=batch_stats)
+
+
+def _other_architecture(pretrained: Pretrained) -> InputError:
+    model = pretrained.config.model
+    return InputError(
+        f"{pretrained.source}: has other layers than the network to train: it is {model.name} of "
+        f"width {model.width:g}"
+    )
