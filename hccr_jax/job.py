@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,14 +20,18 @@ from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.splits import Split, load_split
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.startup import Timeline
-from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
+from hccr_jax.train_state import AUGMENT, INIT, TrainState, create_train_state, stream_key
 from hccr_jax.train_step import (
     Augment,
     make_eval_step,
     make_statistics_step,
     make_train_call,
     make_train_step,
+    row_keys,
+    to_float,
 )
+
+_ONCE_ROWS = 2048  # augmented at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Network:
       eval_step: from `train_step.make_eval_step`.
       params, batch_stats: initial, on every device.
       summary: its layers, as a table.
+      multiply_adds: of one image.
     """
 
     mesh: Mesh
@@ -47,6 +53,7 @@ class Network:
     params: Any
     batch_stats: Any
     summary: str
+    multiply_adds: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +89,16 @@ class Job:
 def create_network(config: ConfigDict, num_classes: int) -> Network:
     """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
-    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
-    options["dtype"] = compute_dtype(config)
+    options = config.model.to_dict() | {"dtype": compute_dtype(config)}
+    for key in ("batch_norm_momentum", "batch_norm_ramp"):  # the training step's
+        del options[key]
     rngs = nnx.Rngs(stream_key(config.seed, INIT))
     model = create_model(num_classes=num_classes, rngs=rngs, **options)
     apply, *initial = split_model(model)
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
-    summary, _ = summarize(model, config.data.image_px)
-    return Network(mesh, apply, make_eval_step(apply, mesh), params, batch_stats, summary)
+    summary, multiply_adds = summarize(model, config.data.image_px)
+    eval_step = make_eval_step(apply, mesh)
+    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds)
 
 
 def create_job(config: ConfigDict, timeline: Timeline) -> Job:
@@ -122,7 +131,10 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     optimizer = optim.make_optimizer(
         options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
     )
-    augment = make_augment(**config.augment)
+    augment: Augment = make_augment(**augment_options(config))
+    if config.augment.once:
+        train = augment_once(train, augment, config.seed)
+        augment = _leave
     train_step = make_train_step(
         network.apply,
         optimizer,
@@ -131,6 +143,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
         batch_norm_momentum=config.model.batch_norm_momentum,
+        batch_norm_ramp=config.model.batch_norm_ramp,
         accumulation_steps=config.gradient_accumulation_steps,
     )
     longest = steps_per_call(config)
@@ -155,6 +168,33 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         ),
         initial=state,
     )
+
+
+def augment_options(config: ConfigDict) -> dict[str, float]:
+    """Returns the arguments of `augment.make_augment` that a config asks for."""
+    return {key: value for key, value in config.augment.items() if key != "once"}
+
+
+def augment_once(split: Split, augment: Augment, seed: int) -> Split:
+    """Returns a split whose images are augmented, each as row i of training step 0 would be.
+
+    Args:
+      split: its augmented images lie in this process's memory, as uint8.
+      augment: from `augment.make_augment`.
+      seed: of the run.
+    """
+    count = len(split.labels)
+    keys = row_keys(seed, AUGMENT, jnp.int32(0), count)
+    run = jax.jit(lambda keys, images: jnp.rint(255.0 * augment(keys, to_float(images))))
+    images = np.empty_like(split.images, subok=False)
+    for start in range(0, count, _ONCE_ROWS):
+        rows = slice(start, start + _ONCE_ROWS)
+        images[rows] = run(keys[rows], split.images[rows])
+    return dataclasses.replace(split, images=images)
+
+
+def _leave(keys: jax.Array, images: jax.Array) -> jax.Array:
+    return images
 
 
 def load(config: ConfigDict, split: str) -> Split:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -23,8 +24,10 @@ from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import Evaluation, evaluate
+from hccr_jax.files import replace_text
 from hccr_jax.job import Job, Network, create_job, create_network, load
 from hccr_jax.metrics import MetricsWriter
+from hccr_jax.models.registry import count_parameters
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
@@ -117,6 +120,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     step = int(state.step)
     if step >= steps.total:
         return
+    (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
     lengths = list(call_lengths(step, steps.total, job.feed.longest, every))
     calls = job.feed.calls(step, lengths)
@@ -146,6 +150,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 row = _mean(pending, step - logged)  # the host waits for the devices only here
                 now = time.monotonic()
                 row["images_per_second"] = (step - logged) * config.batch_size / (now - clock)
+                row["train/seconds"] = now - clock
                 row["learning_rate"] = float(job.schedule(step - 1))
                 pending, logged, clock = [], step, now
                 writer.write(step, row)  # refuses a loss that is not finite, before it is saved
@@ -154,7 +159,8 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 if evaluates:
                     statistics = _fresh_statistics(job, state)
                     scores = _validate(job, state, statistics)
-                    writer.write(step, {f"eval/{name}": score for name, score in scores.items()})
+                    row = {f"eval/{name}": score for name, score in scores.items()}
+                    writer.write(step, row | {"eval/seconds": time.monotonic() - now})
                 checkpoints.save(step, _items(state, statistics), about, scores)
                 plots.write_curves(workdir)
                 clock = time.monotonic()
@@ -225,7 +231,8 @@ def _report(
     """Evaluates the best step on the test split and writes everything that a person looks at."""
     step = checkpoints.best_step()
     assert step is not None  # a run ends with an evaluation, which is saved
-    check_classes(checkpoints.about(step)["classes"], split.classes, checkpoints.folder / str(step))
+    about = checkpoints.about(step)
+    check_classes(about["classes"], split.classes, checkpoints.folder / str(step))
     like = {"params": network.params, "eval_batch_stats": network.batch_stats}
     items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
     params, statistics = items["params"], items["eval_batch_stats"]
@@ -235,15 +242,36 @@ def _report(
     results = {"step": step, "split": config.data.test_split, **answers.summary()}
     if validated := checkpoints.metrics(step):
         results["validation_top1"] = validated["top1"]
+    results["seed"] = about["config"]["seed"]
+    results["parameters"] = count_parameters(params)
+    results["multiply_adds"] = network.multiply_adds
+    results |= _speed(checkpoints.folder.parent / "metrics.jsonl")
     if jax.process_index() == 0:
         _write_results(workdir, results, answers, split)
     return results
 
 
+def _speed(path: Path) -> dict[str, float]:
+    """Returns what a run's metrics.jsonl tells of its speed; nothing where there is none.
+
+    `training_seconds` counts every step and validation once, however often the run was stopped;
+    starting, compiling and saving are no part of it.
+    """
+    rows = list(plots.read_metrics(path).values()) if path.is_file() else []
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    seconds = sum(row.get("train/seconds", 0.0) + row.get("eval/seconds", 0.0) for row in rows)
+    if not rates:
+        return {}
+    return {
+        "images_per_second": round(median(rates), 1),
+        "training_seconds": round(seconds, 1),
+    }
+
+
 def _write_results(
     workdir: Path, results: dict[str, Any], answers: Evaluation, split: Split
 ) -> None:
-    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    replace_text(workdir / "eval.json", json.dumps(results, indent=2) + "\n")
     if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
         plots.write_mistakes(
             workdir,

@@ -19,7 +19,9 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S
 Metrics = dict[str, jax.Array]
 
 
-def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: float) -> Any:
+def average_statistics(
+    averages: Any, batch: Any, step: jax.Array, momentum: float, ramp: bool = True
+) -> Any:
     """Returns running averages of the batch statistics after one more batch.
 
     The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages
@@ -31,9 +33,10 @@ def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: flo
       averages, batch: pytrees of equal structure.
       step: int scalar, batches averaged so far.
       momentum: the final weight of the past.
+      ramp: False for a plain average, whose past weighs `momentum` from the first step on.
     """
     t = step.astype(jnp.float32)
-    keep = jnp.minimum(momentum, t / (t + 9.0))
+    keep = jnp.minimum(momentum, t / (t + 9.0)) if ramp else jnp.float32(momentum)
     # In this form no digit is lost where old and new agree, nor where keep is 0.
     return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
 
@@ -61,6 +64,7 @@ def make_train_step(
     seed: int,
     label_smoothing: float = 0.0,
     batch_norm_momentum: float = 0.9997,
+    batch_norm_ramp: bool = True,
     accumulation_steps: int = 1,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
@@ -72,7 +76,7 @@ def make_train_step(
       mesh: from `sharding.create_mesh`.
       seed: of the run; augmentation and dropout are functions of (seed, step, row).
       label_smoothing: of the loss.
-      batch_norm_momentum: see `average_statistics`.
+      batch_norm_momentum, batch_norm_ramp: see `average_statistics`.
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
@@ -117,7 +121,7 @@ def make_train_step(
         (gradients, loss, correct), statistics = sums
         gradients, loss, correct = lax.psum((gradients, loss, correct), DATA_AXIS)
         averages = average_statistics(
-            state.batch_stats, statistics, state.step, batch_norm_momentum
+            state.batch_stats, statistics, state.step, batch_norm_momentum, batch_norm_ramp
         )
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes int steps and float rates
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

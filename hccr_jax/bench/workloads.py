@@ -26,7 +26,13 @@ from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import evaluate
-from hccr_jax.job import compute_dtype, create_job, create_network, steps_per_call
+from hccr_jax.job import (
+    augment_options,
+    compute_dtype,
+    create_job,
+    create_network,
+    steps_per_call,
+)
 from hccr_jax.models.registry import count_parameters, create_model
 from hccr_jax.startup import Timeline
 from hccr_jax.train import train
@@ -64,7 +70,7 @@ class Workloads:
             config.model.name, num_classes=num_classes, width=config.model.width, rngs=nnx.Rngs(0)
         )
         self._layers = roofline.count_layers(model, config.data.image_px)
-        self._augment = make_augment(**config.augment)
+        self._augment = make_augment(**augment_options(config))
 
     def train_step(self) -> Workload:
         """The training step with Adam, without augmentation, on images in the devices' memory."""

@@ -24,7 +24,7 @@ class Split:
     """A split in normal form; row i of every array is record i of the data set's split.
 
     Attributes:
-      images: uint8 (N, S, S), memory-mapped and read-only, ink high, paper 0.
+      images: uint8 (N, S, S), ink high, paper 0; as loaded, memory-mapped and read-only.
       labels: int32 (N,), index into `classes`.
       classes: the level-1 characters that occur in train, in GB2312 order. `prepare` keeps no
         record of another class, in any split, so every label is in range.
@@ -33,7 +33,7 @@ class Split:
       sources: str (N,), archive and member that the row came from.
     """
 
-    images: np.memmap
+    images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     writers: np.ndarray
