@@ -1,14 +1,15 @@
 """Every key and its rule, the messages for wrong values, and the step counts of the paper."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from hccr_jax import cli, optim
 from hccr_jax import config as config_lib
-from hccr_jax import optim
 from hccr_jax.config import RULES, Steps, check, check_devices, check_resume, flatten, resolve
 from hccr_jax.data.input_pipeline import FEEDS
 from hccr_jax.errors import InputError
@@ -48,6 +49,17 @@ def message(name: str, **values: object) -> str:
 def test_shipped_config_passes(name: str) -> None:
     # The default leaves the length of the run to those that build on it.
     check(changed(name, num_steps=10) if name == "default" else load(name))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda path: path.stem
+)
+def test_experiments_pass_and_differ(path: Path) -> None:
+    names = [experiment.name for experiment in cli.list_experiments(str(path))]
+    configs = [cli.load_config(f"{path}:{name}") for name in names]
+    for config in configs:
+        check(config)
+    assert len(set(names)) == len({json.dumps(config.to_dict()) for config in configs}) > 1
 
 
 def test_rules_and_default_have_the_same_keys() -> None:
