@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_rate = 0.0
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
+    config.model.batch_norm_ramp = True  # the averages forget their start; False: momentum alone
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
 
     config.data = ConfigDict()
@@ -69,6 +70,11 @@ def get_config() -> ConfigDict:
     config.augment.erase_prob = 0.0
     config.augment.erase_max_side = 0.3
     config.augment.noise_std = 0.0
+    config.augment.transpose_prob = 0.0
+    config.augment.crop_min = 1.0
+    config.augment.contrast = 0.0
+    config.augment.brightness = 0.0
+    config.augment.once = False  # drawn once for each training image, not anew in each epoch
 
     config.loss = ConfigDict()
     config.loss.label_smoothing = 0.0

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import Evaluation, evaluate
+from hccr_jax.files import replace_text
 from hccr_jax.job import dataset_name, load, load_training
+from hccr_jax.models.registry import count_parameters
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained
 
 
@@ -41,6 +44,10 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results = {"step": pretrained.step, "split": config.data.test_split, **answers.summary()}
     if pretrained.validation:
         results["validation_top1"] = pretrained.validation["top1"]
+    results["seed"] = config.seed
+    results["parameters"] = count_parameters(network.params)
+    results["multiply_adds"] = network.multiply_adds
+    results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")
     results |= _evaluate_distorted(config, answer, split, workdir)
     if config.eval.suspects:
         results |= _find_suspects(config, answer, workdir, pretrained.step)
@@ -79,10 +86,27 @@ def _find_suspects(
     return {"shuffled_labels": suspects.detection(answers.losses, wrong)}
 
 
+def _speed(path: Path) -> dict[str, float]:
+    """Returns what a run's metrics.jsonl tells of its speed; nothing where there is none.
+
+    `training_seconds` counts every step and validation once, however often the run was stopped;
+    starting, compiling and saving are no part of it.
+    """
+    rows = list(plots.read_metrics(path).values()) if path.is_file() else []
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    seconds = sum(row.get("train/seconds", 0.0) + row.get("eval/seconds", 0.0) for row in rows)
+    if not rates:
+        return {}
+    return {
+        "images_per_second": round(median(rates), 1),
+        "training_seconds": round(seconds, 1),
+    }
+
+
 def _write_results(
     workdir: Path, results: dict[str, Any], answers: Evaluation, split: Split
 ) -> None:
-    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    replace_text(workdir / "eval.json", json.dumps(results, indent=2) + "\n")
     if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
         plots.write_mistakes(
             workdir,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
-NUM_DRAWS = 17
+NUM_DRAWS = 23
 ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
 
 
@@ -28,12 +28,17 @@ def make_augment(
     erase_prob: float = 0.0,
     erase_max_side: float = 0.3,
     noise_std: float = 0.0,
+    transpose_prob: float = 0.0,
+    crop_min: float = 1.0,
+    contrast: float = 0.0,
+    brightness: float = 0.0,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the augmentation as a pure function of keys and images.
 
-    The parts act in this order, composed into one matrix: flips, rotation, resize, shear, zoom,
-    shift. An elastic deformation is part of the same resampling. What comes in from outside the
-    image is paper.
+    The parts act in this order, composed into one matrix: transposition, flips, rotation, resize,
+    shear, zoom, shift, crop. An elastic deformation is part of the same resampling. What comes in
+    from outside the image is paper. Then, pixel by pixel: stroke width, erasing, contrast,
+    brightness, noise.
 
     Args:
       flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
@@ -52,13 +57,20 @@ def make_augment(
       erase_prob, erase_max_side: with this probability turns a rectangle to paper whose sides are
         U(0.05, erase_max_side) of the image's.
       noise_std: standard deviation of Gaussian noise added to every pixel (ink is 1).
+      transpose_prob: probability of mirroring at the main diagonal.
+      crop_min: shows a window at a random place in the image, whose side is U(crop_min, 1) of the
+        image's, scaled up to the whole: strokes may be cut.
+      contrast: stretches the grey values about their mean by U(1 − contrast, 1 + contrast).
+      brightness: adds U(−brightness, brightness) to every pixel. Both are clipped to [0, 1].
 
     Returns:
       augment(keys (B,), images float32 (B, S, S) in [0, 1], ink 1) -> float32 (B, S, S). Row i
       depends on keys[i] and images[i] alone.
 
     Source: section 5 of the paper and its authors' code (ranges); erasing:
-    https://arxiv.org/abs/1708.04896; elastic deformation: Simard, Steinkraus and Platt, ICDAR 2003.
+    https://arxiv.org/abs/1708.04896; elastic deformation: Simard, Steinkraus and Platt, ICDAR 2003;
+    contrast and brightness: tf.image.adjust_contrast and adjust_brightness, the operations of the
+    authors' framework.
     """
 
     def linear(draws: jax.Array, images: jax.Array) -> jax.Array:
@@ -69,12 +81,16 @@ def make_augment(
         stretch = resize_min + (resize_max - resize_min) * draws[4:6]
         stretch_x, stretch_y = _chosen(draws[6], resize_prob, stretch, 1.0)
         turn = rotation_matrix(angle)
+        transposed = draws[16] < transpose_prob
+        extents = jnp.stack(ink_extents(images))
+        extents = jnp.where(transposed[None], extents[::-1], extents)
         # The box around the turned ink box: what is stretched may be narrow before, not after.
-        width, height = jnp.einsum("ijb,jb->ib", jnp.abs(turn), jnp.stack(ink_extents(images)))
+        width, height = jnp.einsum("ijb,jb->ib", jnp.abs(turn), extents)
         refit = jnp.maximum(width, height) / jnp.maximum(stretch_x * width, stretch_y * height)
         scale = refit * (1.0 + _spread(draws[7], zoom))
         slope = _spread(draws[8], shear)
         matrix = turn * jnp.stack([flip_x, flip_y])[None]
+        matrix = jnp.where(transposed[None, None], matrix[:, ::-1], matrix)
         matrix = matrix * jnp.stack([stretch_x * scale, stretch_y * scale])[:, None]
         return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
 
@@ -82,12 +98,19 @@ def make_augment(
         draws = jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
         matrices = linear(draws, images).transpose(2, 0, 1)
         shifts = _spread(draws[9:11], shift_px).T
+        side = crop_min + (1.0 - crop_min) * draws[17][:, None]
+        centre = (draws[18:20].T - 0.5) * (1.0 - side) * images.shape[1]
         bend = _elastic_field(keys, images.shape[1], elastic_px) if elastic_px > 0 else None
-        warped = warp(images, matrices, shifts, bend)
+        warped = warp(images, matrices / side[..., None], (shifts - centre) / side, bend)
         if stroke_width > 0:
-            warped = change_stroke_width(warped, _spread(draws[16], stroke_width))
+            warped = change_stroke_width(warped, _spread(draws[22], stroke_width))
         if erase_prob > 0:
             warped = _erase(warped, draws[11:16], erase_prob, erase_max_side)
+        if contrast > 0 or brightness > 0:
+            factor = 1.0 + _spread(draws[20], contrast)[:, None, None]
+            change = _spread(draws[21], brightness)[:, None, None]
+            mean = warped.mean(axis=(1, 2), keepdims=True)
+            warped = jnp.clip((warped - mean) * factor + mean + change, 0.0, 1.0)
         if noise_std > 0:
             noise = jax.vmap(
                 lambda key: jax.random.normal(jax.random.fold_in(key, 1), images.shape[1:])

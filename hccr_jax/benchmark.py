@@ -57,6 +57,8 @@ from hccr_jax.bench.workloads import ROWS, Workloads
 from hccr_jax.data import charset
 from hccr_jax.data.workers import cpu_count
 from hccr_jax.errors import InputError
+from hccr_jax.files import replace_text
+from hccr_jax.job import augment_options
 from hccr_jax.network import compute_dtype, create_module
 from hccr_jax.startup import prepare_process
 
@@ -146,7 +148,8 @@ def _run(values: flags.FlagValues) -> None:
             print(json.dumps(row, ensure_ascii=False), flush=True)
             rows.append(row)
             if output:
-                _write(output, {"suite": values.suite, "rows": rows})
+                content = {"suite": values.suite, "rows": rows}
+                replace_text(output, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     if values.suite:
         print(tables.to_markdown(rows), file=sys.stderr)
 
@@ -225,7 +228,7 @@ def _create_peer(torch_peer: Any, config: ConfigDict, workloads: Workloads) -> A
         workloads.batch_size,
         config.data.image_px,
         2 * workloads.batch_size,
-        config.augment.to_dict(),
+        augment_options(config),
     )
     if peer.parameters != workloads.parameters:
         raise ValueError(f"{workloads.parameters} parameters, in PyTorch {peer.parameters}")
@@ -332,13 +335,6 @@ def _commit() -> str | None:
 
 def _say(what: str) -> None:
     print(f"measuring {what}", file=sys.stderr, flush=True)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON; a kill leaves the old file or the new one, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _render(paths: Sequence[Path]) -> str:

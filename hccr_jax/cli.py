@@ -1,9 +1,12 @@
 """What the command lines share: flags with a config, and errors as one line."""
 
+import dataclasses
+import difflib
 import pathlib
 import re
 import runpy
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -30,8 +33,19 @@ def parse(values: flags.FlagValues, argv: list[str]) -> None:
       InputError: a flag, the config's file or one of its keys is wrong.
     """
     if not {"--help", "-help", "-h"} & set(argv):
-        _check_file(_config_path(argv))
+        load_config(_config_path(argv))
         _check_overrides(argv)
+    parse_flags(values, argv)
+    if not values.help:
+        config_lib.check(values.config)
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parses a command line into `values`.
+
+    Raises:
+      InputError: a flag is wrong.
+    """
     before, sys.argv = sys.argv, argv  # config_flags finds its overrides there
     try:
         rest = values(argv)[1:]
@@ -39,11 +53,68 @@ def parse(values: flags.FlagValues, argv: list[str]) -> None:
         raise _wrong_flag(error) from error
     finally:
         sys.argv = before
-    if values.help:
-        return
-    if rest:
+    if rest and not values.help:
         raise InputError(f"unexpected argument {rest[0]!r}: every flag starts with --, see --help")
-    config_lib.check(values.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A named config of an experiments file.
+
+    Attributes:
+      name: the file's `get_config` takes it.
+      description: one line.
+      group: heading of several that belong together, or "".
+    """
+
+    name: str
+    description: str
+    group: str
+
+
+def list_experiments(path: str) -> list[Experiment]:
+    """Returns the experiments of a file, in its order; none where it is a plain config.
+
+    An experiments file is a config file whose `get_config` takes a name and which lists the names
+    in `NAMES`: {name: description}, or {heading: {name: description}} for those of a group.
+
+    Raises:
+      InputError: the file cannot be run.
+    """
+    experiments = []
+    for key, value in _run_file(path).get("NAMES", {}).items():
+        named = value.items() if isinstance(value, dict) else [(key, value)]
+        group = key if isinstance(value, dict) else ""
+        experiments += [Experiment(name, description, group) for name, description in named]
+    return experiments
+
+
+def load_config(argument: str) -> ConfigDict:
+    """Returns the config that `--config=argument` means; config_flags would show a traceback.
+
+    Args:
+      argument: a config file, or an experiments file, a colon and a name.
+
+    Raises:
+      InputError: the file cannot be run, has no such experiment, or its config other keys.
+    """
+    path, colon, name = argument.partition(":")
+    names = [experiment.name for experiment in list_experiments(path)]
+    if names and name not in names:
+        near = difflib.get_close_matches(name, names, n=1) or names[:1]
+        wrong = f"no experiment {name!r}" if colon else "holds several experiments"
+        raise InputError(
+            f"--config={argument}: {wrong}: give one of {', '.join(names)}, such as "
+            f"--config={path}:{near[0]}"
+        )
+    try:
+        config = _run_file(path)["get_config"](*[name] * bool(colon))
+    except Exception as error:  # a config file is a program: it may raise anything
+        raise InputError(f"--config={argument}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"--config={argument}: get_config() returns a {type(config).__name__}")
+    config_lib.check_keys(config)
+    return config
 
 
 def report_error(error: Exception) -> int:
@@ -60,19 +131,17 @@ def _config_path(argv: list[str]) -> str:
     raise InputError("--config is missing: for example --config=configs/quickstart.py")
 
 
-def _check_file(path: str) -> None:
-    """Checks that a config file can be loaded; config_flags would show a traceback."""
+def _run_file(path: str) -> dict[str, Any]:
+    """Returns what a config file defines."""
     if not pathlib.Path(path).is_file():
         raise InputError(f"--config={path}: no such file; see configs/ for those that come with it")
-    # Configs import one another as `configs.…`, wherever the command is run.
-    sys.path.append(str(pathlib.Path(path).resolve().parents[1]))
+    # Configs import one another as `configs.…`, wherever the command is run and however deep.
+    parents = pathlib.Path(path).resolve().parents
+    sys.path += [str(folder) for folder in parents[1:3] if str(folder) not in sys.path]
     try:
-        config = runpy.run_path(path)["get_config"]()
+        return runpy.run_path(path)
     except Exception as error:  # a config file is a program: it may raise anything
         raise InputError(f"--config={path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"--config={path}: get_config() returns a {type(config).__name__}")
-    config_lib.check_keys(config)
 
 
 def _check_overrides(argv: list[str]) -> None:

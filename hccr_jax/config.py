@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hccr_jax.errors import InputError
+from hccr_jax.files import replace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ RULES: dict[str, Rule] = {
     "model.dropout_rate": Rule(float, 0, 0.99),
     "model.batch_norm_epsilon": Rule(float, _TINY, 1),
     "model.batch_norm_momentum": Rule(float, 0, 0.999999),
+    "model.batch_norm_ramp": Rule(bool),
     "model.dtype": Rule(str, words=("auto", "float32", "bfloat16")),
     "data.name": Rule(str),
     "data.data_dir": Rule(str),
@@ -108,6 +110,11 @@ RULES: dict[str, Rule] = {
     "augment.erase_prob": _SHARE,
     "augment.erase_max_side": Rule(float, 0.05, 1),
     "augment.noise_std": Rule(float, 0, 1),
+    "augment.transpose_prob": _SHARE,
+    "augment.crop_min": Rule(float, 0.05, 1),
+    "augment.contrast": _SHARE,
+    "augment.brightness": _SHARE,
+    "augment.once": Rule(bool),
     "loss.label_smoothing": Rule(float, 0, 0.99),
     "loss.noise_rate": Rule(float, 0, 0.99),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
@@ -290,10 +297,8 @@ def resolve(config: ConfigDict, num_records: int) -> Steps:
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON; a kill leaves the old file or the new one, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Writes a config as JSON."""
+    replace_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def check_resume(config: ConfigDict, path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
@@ -18,13 +20,17 @@ from hccr_jax.data.splits import Split, load_split
 from hccr_jax.network import Network, create_network
 from hccr_jax.pretrained import load_pretrained, start_from
 from hccr_jax.startup import Timeline
-from hccr_jax.train_state import TrainState, create_train_state
+from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
     Augment,
     make_statistics_step,
     make_train_call,
     make_train_step,
+    row_keys,
+    to_float,
 )
+
+_ONCE_ROWS = 2048  # augmented at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,10 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     optimizer = optim.make_optimizer(
         options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
     )
-    augment = make_augment(**config.augment)
+    augment: Augment = make_augment(**augment_options(config))
+    if config.augment.once:
+        train = augment_once(train, augment, config.seed)
+        augment = _leave
     train_step = make_train_step(
         network.apply,
         optimizer,
@@ -99,6 +108,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         label_smoothing=config.loss.label_smoothing,
         noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
+        batch_norm_ramp=config.model.batch_norm_ramp,
         accumulation_steps=config.gradient_accumulation_steps,
         average_decay=options.average_decay,
     )
@@ -126,6 +136,33 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         ),
         initial=state,
     )
+
+
+def augment_options(config: ConfigDict) -> dict[str, float]:
+    """Returns the arguments of `augment.make_augment` that a config asks for."""
+    return {key: value for key, value in config.augment.items() if key != "once"}
+
+
+def augment_once(split: Split, augment: Augment, seed: int) -> Split:
+    """Returns a split whose images are augmented, each as row i of training step 0 would be.
+
+    Args:
+      split: its augmented images lie in this process's memory, as uint8.
+      augment: from `augment.make_augment`.
+      seed: of the run.
+    """
+    count = len(split.labels)
+    keys = row_keys(seed, AUGMENT, jnp.int32(0), count)
+    run = jax.jit(lambda keys, images: jnp.rint(255.0 * augment(keys, to_float(images))))
+    images = np.empty_like(split.images, subok=False)
+    for start in range(0, count, _ONCE_ROWS):
+        rows = slice(start, start + _ONCE_ROWS)
+        images[rows] = run(keys[rows], split.images[rows])
+    return dataclasses.replace(split, images=images)
+
+
+def _leave(keys: jax.Array, images: jax.Array) -> jax.Array:
+    return images
 
 
 def dataset_name(config: ConfigDict) -> str:

@@ -6,6 +6,7 @@ Examples:
   python -m hccr_jax.main --config=configs/v2.py --config.data.data_dir=/data --config.seed=1
   python -m hccr_jax.main --config=configs/v2.py --workdir=runs/v2 --mode=eval
   python -m hccr_jax.main --config=configs/v2.py --mode=eval --checkpoint=runs/v2/checkpoints
+  python -m hccr_jax.main --config=configs/experiments/paper.py:baseline
 
 A workdir that holds a checkpoint is resumed. Exit codes: 0 done, 1 the work failed, 2 the request
 or its input was wrong, 143 stopped by SIGTERM after saving.
@@ -36,7 +37,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Folder of the run; default runs/ and the config's name.",
+        "Folder of the run; default runs/ and the config's name or names.",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -58,8 +59,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if values.checkpoint and values.mode != "eval":
         raise InputError("--checkpoint goes with --mode=eval; to train on, use its --workdir")
     if values.workdir is None:
-        path = pathlib.Path(config_flags.get_config_filename(values["config"]))
-        values["workdir"].value = str(pathlib.Path("runs", path.stem))
+        path, _, name = config_flags.get_config_filename(values["config"]).partition(":")
+        values["workdir"].value = str(pathlib.Path("runs", pathlib.Path(path).stem, name))
     return values
 
 

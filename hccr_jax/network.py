@@ -28,6 +28,7 @@ class Network:
       eval_step: from `train_step.make_eval_step`.
       params, batch_stats: initial, on every device.
       summary: its layers, as a table.
+      multiply_adds: of one image, in all the views of an evaluation.
     """
 
     mesh: Mesh
@@ -36,6 +37,7 @@ class Network:
     params: Any
     batch_stats: Any
     summary: str
+    multiply_adds: int
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -60,12 +62,13 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     model = create_module(config, num_classes)
     apply, *initial = split_model(model)
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
-    summary, _ = summarize(model, config.data.image_px)
+    summary, multiply_adds = summarize(model, config.data.image_px)
     views = None
     if config.eval.views > 1 or config.eval.flip_views:
         views = test_views(config.eval.views, config.eval.flip_views)
+        multiply_adds *= len(views)
     eval_step = make_eval_step(apply, mesh, views=views)
-    return Network(mesh, apply, eval_step, params, batch_stats, summary)
+    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

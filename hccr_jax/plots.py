@@ -527,3 +527,36 @@ def write_scaling(
     path = Path(folder) / "scaling.png"
     figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
     return path
+
+
+def write_courses(courses: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draws validation top-1 of several runs over the steps; training accuracy in thin lines.
+
+    Args:
+      courses: by the names of the runs: `step`, `validation_top1` and `train_accuracy` of each
+        validation, shares of 1.
+      path: gets the picture; its folder is made where missing.
+    """
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, course) in enumerate(courses.items()):
+        colour = f"C{place}"
+        steps = course["step"]
+        axes.plot(steps, course["train_accuracy"], ":", color=colour, linewidth=1.2)
+        axes.plot(
+            steps, course["validation_top1"], "o-", color=colour, linewidth=2, markersize=5,
+            label=name,
+        )  # fmt: skip
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("step", fontsize=12, color=QUIET)
+    axes.set_title("Validation top-1 (dotted: training)", loc="left", fontsize=13, color=INK)
+    axes.tick_params(labelsize=10, colors=QUIET, length=0)
+    axes.grid(color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    figure.legend(loc="outside lower left", fontsize=10, frameon=False, labelcolor=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})

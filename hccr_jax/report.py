@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hccr_jax.errors import InputError
+from hccr_jax.files import replace_text
 
 PLOTS = {
     "accuracy": "Accuracy over the training steps, as a share of the batch or of the split.",
@@ -86,7 +87,7 @@ def write_report(workdir: str | Path) -> Path:
         )
     page = _page(config, results, pictures)
     report = folder / "report.html"
-    report.write_text(page, encoding="utf-8")
+    replace_text(report, page)
     return report
 
 

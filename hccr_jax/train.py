@@ -100,6 +100,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     step = int(state.step)
     if step >= steps.total:
         return
+    (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
     lengths = list(call_lengths(step, steps.total, job.feed.longest, every))
     calls = job.feed.calls(step, lengths)
@@ -129,6 +130,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 row = _mean(pending, step - logged)  # the host waits for the devices only here
                 now = time.monotonic()
                 row["images_per_second"] = (step - logged) * config.batch_size / (now - clock)
+                row["train/seconds"] = now - clock
                 row["learning_rate"] = float(job.schedule(step - 1))
                 pending, logged, clock = [], step, now
                 writer.write(step, row)  # refuses a loss that is not finite, before it is saved
@@ -137,7 +139,8 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 if evaluates:
                     statistics = _fresh_statistics(job, state)
                     scores = _validate(job, state, statistics)
-                    writer.write(step, {f"eval/{name}": score for name, score in scores.items()})
+                    row = {f"eval/{name}": score for name, score in scores.items()}
+                    writer.write(step, row | {"eval/seconds": time.monotonic() - now})
                 checkpoints.save(step, _items(state, statistics), about, scores)
                 plots.write_curves(workdir)
                 clock = time.monotonic()

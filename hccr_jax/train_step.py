@@ -21,7 +21,9 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S
 Metrics = dict[str, jax.Array]
 
 
-def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: float) -> Any:
+def average_statistics(
+    averages: Any, batch: Any, step: jax.Array, momentum: float, ramp: bool = True
+) -> Any:
     """Returns running averages of the batch statistics after one more batch.
 
     The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages
@@ -33,9 +35,10 @@ def average_statistics(averages: Any, batch: Any, step: jax.Array, momentum: flo
       averages, batch: pytrees of equal structure.
       step: int scalar, batches averaged so far.
       momentum: the final weight of the past.
+      ramp: False for a plain average, whose past weighs `momentum` from the first step on.
     """
     t = step.astype(jnp.float32)
-    keep = jnp.minimum(momentum, t / (t + 9.0))
+    keep = jnp.minimum(momentum, t / (t + 9.0)) if ramp else jnp.float32(momentum)
     # In this form no digit is lost where old and new agree, nor where keep is 0.
     return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
 
@@ -75,6 +78,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     noise_rate: float = 0.0,
     batch_norm_momentum: float = 0.9997,
+    batch_norm_ramp: bool = True,
     accumulation_steps: int = 1,
     average_decay: float = 0.0,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
@@ -87,7 +91,7 @@ def make_train_step(
       mesh: from `sharding.create_mesh`.
       seed: of the run; augmentation and dropout are functions of (seed, step, row).
       label_smoothing, noise_rate: of the loss, see `losses.cross_entropy`.
-      batch_norm_momentum: see `average_statistics`.
+      batch_norm_momentum, batch_norm_ramp: see `average_statistics`.
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
@@ -133,7 +137,7 @@ def make_train_step(
         (gradients, loss, correct), statistics = sums
         gradients, loss, correct = lax.psum((gradients, loss, correct), DATA_AXIS)
         averages = average_statistics(
-            state.batch_stats, statistics, state.step, batch_norm_momentum
+            state.batch_stats, statistics, state.step, batch_norm_momentum, batch_norm_ramp
         )
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes int steps and float rates
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

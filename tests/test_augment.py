@@ -121,3 +121,61 @@ def test_erasing_turns_one_rectangle_to_paper():
         assert gap.sum() == rows.size * columns.size  # a full rectangle
         assert 1 <= rows.size <= 17
         assert 1 <= columns.size <= 17
+
+
+def test_a_certain_transposition_is_exact():
+    images = blobs(3)
+    transposed = make_augment(transpose_prob=1.0)(keys(3), jnp.array(images))
+    np.testing.assert_allclose(transposed, np.swapaxes(images, 1, 2), atol=1e-6)
+
+
+def test_a_transposed_image_keeps_its_longer_side_when_resized():
+    box = jnp.zeros((50, SIZE, SIZE)).at[:, 12:52, 20:44].set(1.0)  # 24 wide, 40 high
+    augment = make_augment(transpose_prob=1.0, resize_min=0.5, resize_max=2.5)
+    width, height = (np.asarray(v) for v in ink_extents(augment(keys(50), box)))
+    assert np.abs(np.maximum(width, height) - 40).max() <= 2
+
+
+def test_a_crop_shows_a_window_that_lies_inside_the_image():
+    # Each pixel holds its own place, so what is shown tells where the window lies.
+    place = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
+    across = jnp.array(np.broadcast_to(place, (2000, SIZE, SIZE)))
+    augment = make_augment(crop_min=0.6)
+    for images, axis in ((across, 2), (across.swapaxes(1, 2), 1)):
+        shown = np.asarray(augment(keys(2000), images))
+        line = np.take(shown, SIZE // 2, axis=3 - axis)
+        sides = (line[:, 40] - line[:, 20]) / 20 * SIZE
+        starts = line[:, 20] - sides * 20.5 / SIZE
+        np.testing.assert_allclose(
+            line[:, 2:-2], (starts[:, None] + sides[:, None] * place)[:, 2:-2], atol=1e-5
+        )
+        assert 0.6 - 1e-5 <= sides.min() < 0.602
+        assert 0.998 < sides.max() <= 1 + 1e-5
+        assert starts.min() > -1e-5
+        assert (starts + sides).max() < 1 + 1e-5
+        shares = starts[sides < 0.9] / (1 - sides[sides < 0.9])
+        assert shares.min() < 0.01
+        assert shares.max() > 0.99
+
+
+def test_contrast_and_brightness_follow_their_formulas():
+    images = jnp.array(0.4 + 0.2 * np.random.default_rng(0).random((400, 8, 8), np.float32))
+    mean = np.asarray(images).mean((1, 2), keepdims=True)
+    changed = np.asarray(make_augment(contrast=0.5)(keys(400), images))
+    factors = (changed - mean) / (images - mean)
+    np.testing.assert_allclose(changed.mean((1, 2), keepdims=True), mean, atol=1e-6)
+    factor = np.median(factors, (1, 2))
+    np.testing.assert_allclose(changed, mean + factor[:, None, None] * (images - mean), atol=1e-5)
+    assert 0.5 <= factor.min() < 0.52
+    assert 1.48 < factor.max() <= 1.5
+    change = np.asarray(make_augment(brightness=0.3)(keys(400), images) - images)
+    assert np.ptp(change, (1, 2)).max() < 1e-6
+    assert -0.3 <= change.min() < -0.29
+    assert 0.29 < change.max() <= 0.3
+
+
+def test_contrast_and_brightness_stay_between_paper_and_ink():
+    images = jnp.array(np.random.default_rng(0).random((100, 8, 8), np.float32))
+    changed = make_augment(contrast=1.0, brightness=1.0)(keys(100), images)
+    assert changed.min() == 0
+    assert changed.max() == 1

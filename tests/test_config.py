@@ -2,14 +2,15 @@
 
 import importlib
 import inspect
+import json
 import math
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from hccr_jax import cli, optim
 from hccr_jax import config as config_lib
-from hccr_jax import optim
 from hccr_jax.config import (
     MODEL_DEFAULTS,
     MODEL_OPTIONS,
@@ -61,6 +62,17 @@ def test_shipped_config_passes(name: str) -> None:
     check(changed(name, num_steps=10) if name == "default" else load(name))
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda path: path.stem
+)
+def test_experiments_pass_and_differ(path: Path) -> None:
+    names = [experiment.name for experiment in cli.list_experiments(str(path))]
+    configs = [cli.load_config(f"{path}:{name}") for name in names]
+    for config in configs:
+        check(config)
+    assert len(set(names)) == len({json.dumps(config.to_dict()) for config in configs}) > 1
+
+
 def test_rules_and_default_have_the_same_keys() -> None:
     assert {key for key, _ in flatten(load("default"))} == set(RULES)
 
@@ -90,7 +102,7 @@ def test_an_option_that_a_network_does_not_have_is_refused(name, option, value, 
 
 def test_options_are_those_of_the_networks_classes() -> None:
     options = load("default").model
-    fixed = {"name", "dtype", "batch_norm_momentum"}
+    fixed = {"name", "dtype", "batch_norm_momentum", "batch_norm_ramp"}
     assert {k: v for k, v in options.items() if k not in fixed} == MODEL_DEFAULTS
     for name, network in MODELS.items():
         # The metaclass of Flax hides the signature of a class; ResNets are partial functions.

@@ -16,6 +16,7 @@ from hccr_jax import main, report
 
 ROOT = Path(__file__).parents[1]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
+PAPER = ROOT / "configs" / "experiments" / "paper.py"
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -69,6 +70,13 @@ def trained(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
         ),
         (["--config", "nowhere.py"], "--config=nowhere.py: no such file; see configs/"),
         ([V2, "--config.optimizer.learning_rat=1"], "did you mean optimizer.learning_rate or "),
+        (
+            [f"--config={PAPER}"],
+            "paper.py: holds several experiments: give one of baseline, once, none, ",
+        ),
+        ([f"--config={PAPER}:rate_1"], "no experiment 'rate_1': give one of baseline, once, "),
+        ([f"--config={PAPER}:rate_1"], f"annealed, such as --config={PAPER}:rate_01"),
+        ([V2 + ":x"], "v2.py:x: TypeError: get_config() takes 0 positional arguments but 1 was"),
         ([V2, "--config.batch_sise=8"], "config has no key 'batch_sise': did you mean batch_size"),
         ([V2, "--config.optimizer=adam"], "config has no key 'optimizer': did you mean optimizer."),
         ([V2, "--config.batch_size=-5"], "config.batch_size=-5: must be a whole number from 1"),
@@ -91,6 +99,14 @@ def test_wrong_request_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str], flags: Sequence[str], message: str
 ) -> None:
     assert message in refused(capsys, *flags)
+
+
+def test_an_experiment_is_a_config_of_its_own() -> None:
+    parsed = main.parse(["main", f"--config={PAPER}:rate_0005", "--config.batch_size=64"])
+    assert parsed.config.optimizer.learning_rate == 0.0005
+    assert parsed.config.batch_size == 64
+    assert parsed.workdir == "runs/paper/rate_0005"
+    assert main.parse(["main", V2]).workdir == "runs/v2"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,16 @@ def test_averages_follow_their_recursion(momentum):
     np.testing.assert_allclose(ours["mean"], exact, rtol=1e-6)
 
 
+def test_a_plain_average_gives_the_past_the_same_weight_from_the_start():
+    batches = np.random.default_rng(0).normal(5, 1, (50, 3)).astype(np.float32)
+    average = jax.jit(functools.partial(average_statistics, momentum=0.9, ramp=False))
+    ours = jnp.ones(3)
+    for step, batch in enumerate(batches):
+        ours = average(ours, jnp.array(batch), jnp.array(step))
+    weights = 0.1 * 0.9 ** np.arange(49, -1, -1)
+    np.testing.assert_allclose(ours, 0.9**50 + weights @ batches, rtol=1e-5)
+
+
 def test_every_row_step_and_stream_has_a_key_of_its_own():
     keys = [
         jax.random.key_data(row_keys(seed, stream, jnp.array(step), 5))

@@ -88,7 +88,7 @@ def _heading(row: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
-    lines = [["", *(heading for heading, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    lines = [["", *(heading for heading, _, _ in columns)]]
     for row in rows:
         varied = row.get("varied")
         name = f"{row['about'][varied]:,}" if varied else row["row"]
@@ -97,7 +97,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         else:
             cells = [_cell(row, key, form) for _, key, form in columns]
         lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return to_table(lines)
+
+
+def to_table(lines: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table: the headings, then a line for each of the others."""
+    headings, *others = lines
+    ruled = [headings, ["---"] * len(headings), *others]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
 
 
 def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,13 +115,13 @@ def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
         name = "{}×{}×{}, stride {}".format(*row["about"]["layer"])
         form = row["row"].rpartition("/")[2]
         layers.setdefault(name, {})[form] = row.get("images_per_second", 0.0)
-    lines = [["input", *forms], ["---"] * (len(forms) + 1)]
+    lines = [["input", *forms]]
     for name, speeds in layers.items():
         best = max(speeds.values())
         cells = [f"{speeds[form]:,.0f}" if form in speeds else "" for form in forms]
         cells = [f"**{cell}**" if cell == f"{best:,.0f}" else cell for cell in cells]
         lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return to_table(lines)
 
 
 def _cell(row: dict[str, Any], key: str, form: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hccr_jax.augment import make_augment as make_ours
 from hccr_jax.data.workers import cpu_count
+from hccr_jax.errors import InputError
 from hccr_jax.models.layers import scaled_channels
 from hccr_jax.models.mobilenet_v1 import BLOCKS
 from hccr_jax.models.mobilenet_v2 import HEAD_CHANNELS, STAGES
@@ -97,12 +99,19 @@ def make_augment(
     erase_prob: float,
     erase_max_side: float,
     noise_std: float,
+    **others: float,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns augment(images uint8 (B, S, S)) -> float32 (B, 1, S, S) in [0, 1].
 
     The ranges of `augment.make_augment`. A stretched image is brought back to size by the larger of
     its two factors, where ours measures the ink: a little less work than ours.
+
+    Raises:
+      InputError: one of `others`, which only ours has, is on.
     """
+    for name, value in others.items():
+        if value != (make_ours.__kwdefaults__ or {})[name]:
+            raise InputError(f"config.augment.{name}={value}: PyTorch's augmentation has no such")
 
     def augment(images: torch.Tensor) -> torch.Tensor:
         batch, size, _ = images.shape

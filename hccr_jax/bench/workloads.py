@@ -25,7 +25,7 @@ from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import evaluate
-from hccr_jax.job import create_job, steps_per_call
+from hccr_jax.job import augment_options, create_job, steps_per_call
 from hccr_jax.models.registry import count_parameters
 from hccr_jax.network import compute_dtype, create_module, create_network
 from hccr_jax.startup import Timeline
@@ -63,7 +63,7 @@ class Workloads:
         self._layers = roofline.count_layers(
             create_module(config, num_classes), config.data.image_px
         )
-        self._augment = make_augment(**config.augment)
+        self._augment = make_augment(**augment_options(config))
 
     def train_step(self) -> Workload:
         """The training step with Adam, without augmentation, on images in the devices' memory."""
