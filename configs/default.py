@@ -81,6 +81,13 @@ def get_config() -> ConfigDict:
     # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
     config.loss.noise_rate = 0.0
 
+    # A run whose network is a teacher, or its folder checkpoints: its answers to the same augmented
+    # images are learnt beside the labels. "" for none.
+    config.teacher = ConfigDict()
+    config.teacher.checkpoint = ""
+    config.teacher.weight = 0.5  # of its part of the loss
+    config.teacher.temperature = 1.0
+
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3

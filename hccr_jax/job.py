@@ -12,13 +12,15 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import optim, sharding
 from hccr_jax.augment import make_augment
+from hccr_jax.checkpoint import check_classes
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, load_split
+from hccr_jax.errors import InputError
 from hccr_jax.network import Network, create_network
-from hccr_jax.pretrained import load_pretrained, start_from
+from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
@@ -46,6 +48,7 @@ class Job:
       schedule: learning rate by step.
       train_call, statistics_step: from `train_step`; jitted.
       feed: the batches of its calls.
+      teachers: further arguments of its calls: none, or a teacher's (params, batch_stats).
       initial: the state before the first step.
     """
 
@@ -59,6 +62,7 @@ class Job:
     schedule: Callable[[Any], Any]
     train_call: Any
     feed: Feed
+    teachers: tuple[Any, ...]
     statistics_step: Callable[..., Any]
     initial: TrainState
 
@@ -81,6 +85,9 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     network = create_network(config, len(train.classes))
     if config.init_from:
         network = start_from(network, train.classes, load_pretrained(config.init_from, config))
+    teacher = None
+    if config.teacher.checkpoint:
+        teacher = _load_teacher(config, train)
     factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
     schedule = optim.make_schedule(
         options.schedule,
@@ -111,6 +118,9 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         batch_norm_ramp=config.model.batch_norm_ramp,
         accumulation_steps=config.gradient_accumulation_steps,
         average_decay=options.average_decay,
+        teacher=teacher.apply if teacher else None,
+        teacher_weight=config.teacher.weight,
+        teacher_temperature=config.teacher.temperature,
     )
     longest = steps_per_call(config)
     placement = choose_placement(data.placement, train, network.mesh)
@@ -131,11 +141,25 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         schedule=schedule,
         train_call=make_train_call(train_step, feed.pick, longest),
         feed=feed,
+        teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
         statistics_step=make_statistics_step(
             network.apply, augment, network.mesh, seed=config.seed
         ),
         initial=state,
     )
+
+
+def _load_teacher(config: ConfigDict, train: Split) -> Network:
+    """Returns the network to learn from; it must see the same images and mean the same classes."""
+    teacher = load_pretrained(config.teacher.checkpoint, config)
+    check_classes(teacher.classes, train.classes, teacher.source)
+    for key in NORMAL_FORM:
+        if teacher.config.data[key] != config.data[key]:
+            raise InputError(
+                f"{teacher.source}: a teacher trained with data.{key}={teacher.config.data[key]!r} "
+                f"cannot judge images of data.{key}={config.data[key]!r}"
+            )
+    return teacher.network
 
 
 def augment_options(config: ConfigDict) -> dict[str, float]:

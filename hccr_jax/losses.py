@@ -39,3 +39,20 @@ def cross_entropy(
     if label_smoothing == 0.0:
         return -chosen
     return -(1 - label_smoothing) * chosen - label_smoothing * log_probabilities.mean(axis=1)
+
+
+def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+    """Returns how far each row is from a teacher's answer: T² · KL(teacher ∥ student).
+
+    Args:
+      logits, teacher_logits: float32 (B, K); both are divided by T.
+      temperature: T; its square keeps the gradient's size whatever T is.
+
+    Returns:
+      float32 (B,), in nats.
+
+    Source: Hinton, Vinyals and Dean, https://arxiv.org/abs/1503.02531.
+    """
+    student = jax.nn.log_softmax(logits / temperature)
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(axis=1)

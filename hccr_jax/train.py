@@ -113,7 +113,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     with MetricsWriter(workdir, step, steps.total) as writer, _sigterm() as stopped:
         logged, clock = step, time.monotonic()
         for call in itertools.chain([head], calls):
-            state, sums = train_call(state, np.int32(call.num_steps), call.arrays)
+            state, sums = train_call(state, np.int32(call.num_steps), call.arrays, *job.teachers)
             if call is head:
                 jax.block_until_ready(sums)
                 timeline.lap("first call")
@@ -183,7 +183,9 @@ def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
         f"{job.feed.longest} a call, data: {job.feed.name}"
     )
     start = time.monotonic()
-    compiled = job.train_call.lower(state, np.int32(call.num_steps), call.arrays).compile()
+    compiled = job.train_call.lower(
+        state, np.int32(call.num_steps), call.arrays, *job.teachers
+    ).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
     print(f"compiled in {time.monotonic() - start:.1f} s; a step needs {needs / 2**20:,.0f} MiB")

@@ -81,7 +81,10 @@ def make_train_step(
     batch_norm_ramp: bool = True,
     accumulation_steps: int = 1,
     average_decay: float = 0.0,
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    teacher: Apply | None = None,
+    teacher_weight: float = 0.5,
+    teacher_temperature: float = 1.0,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
     Args:
@@ -96,14 +99,18 @@ def make_train_step(
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
       average_decay: of the moving average of the parameters, where the state has one.
+      teacher: a trained network whose answers to the same augmented images are learnt as well.
+      teacher_weight: w; the loss is (1 − w) · cross-entropy + w · `losses.distillation`.
+      teacher_temperature: of the distillation.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
-      devices and the old state given up. Metrics are float32 scalars: mean `loss`, `accuracy` and
-      `gradient_norm` of the batch.
+      devices and the old state given up; with a teacher its (params, batch_stats) are a fourth
+      argument. Metrics are float32 scalars: mean `loss`, `accuracy` and `gradient_norm` of the
+      batch.
     """
 
-    def local_step(state, *rows):
+    def local_step(state, teacher_variables, *rows):
         def part(index):
             """Returns a part's share of gradients, metrics and batch statistics on this device."""
             images, labels, augment_keys, dropout_keys = (
@@ -111,6 +118,8 @@ def make_train_step(
             )
             inputs = augment(augment_keys, to_float(images))[..., None]
             share = 1.0 / (lax.axis_size(DATA_AXIS) * accumulation_steps)
+            if teacher is not None:
+                teacher_logits, _ = teacher(*teacher_variables, inputs)
 
             def loss_fn(params):
                 logits, batch_stats = apply(
@@ -118,6 +127,9 @@ def make_train_step(
                 )
                 # The mean over the whole batch: each part on each device holds its share of it.
                 rows = losses.cross_entropy(logits, labels, label_smoothing, noise_rate)
+                if teacher is not None:
+                    away = losses.distillation(logits, teacher_logits, teacher_temperature)
+                    rows = (1 - teacher_weight) * rows + teacher_weight * away
                 return rows.mean() * share, (logits, batch_stats)
 
             (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -154,20 +166,21 @@ def make_train_step(
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     sharded_step = jax.shard_map(
-        local_step, mesh=mesh, in_specs=(whole, rows, rows, rows, rows),
+        local_step, mesh=mesh, in_specs=(whole, whole, rows, rows, rows, rows),
         out_specs=(whole, whole), check_vma=False,
     )  # fmt: skip
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array):
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, *teachers):
         batch = images.shape[0]
         augment_keys = row_keys(seed, AUGMENT, state.step, batch)
         dropout_keys = row_keys(seed, DROPOUT, state.step, batch)
-        return sharded_step(state, images, labels, augment_keys, dropout_keys)
+        teacher_variables = teachers[0] if teachers else ()
+        return sharded_step(state, teacher_variables, images, labels, augment_keys, dropout_keys)
 
     on_all, by_rows = sharding.replicated(mesh), sharding.split_rows(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(on_all, by_rows, by_rows),
+        in_shardings=(on_all, by_rows, by_rows) + (on_all,) * (teacher is not None),
         out_shardings=(on_all, on_all),
         donate_argnums=0,
     )
@@ -184,21 +197,24 @@ def make_train_call(
       longest: most steps of a call; 1 compiles to the bare step, without a loop.
 
     Returns:
-      call(state, num_steps, arrays) -> (state, sums of the steps' metrics), 1 ≤ num_steps ≤
-      longest and the old state given up. One program for any number of steps, so that a run's bits
-      do not depend on where it was stopped and resumed.
+      call(state, num_steps, arrays, *teachers) -> (state, sums of the steps' metrics), 1 ≤
+      num_steps ≤ longest, the old state given up, teachers as the step has them. One program for
+      any number of steps, so that a run's bits do not depend on where it was stopped and resumed.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_call(state: TrainState, num_steps: jax.Array, arrays: tuple[jax.Array, ...]):
+    def train_call(
+        state: TrainState, num_steps: jax.Array, arrays: tuple[jax.Array, ...], *teachers: Any
+    ):
         def another(index, carry):
             state, sums = carry
-            state, metrics = step(state, *pick(arrays, index))
+            state, metrics = step(state, *pick(arrays, index), *teachers)
             return state, jax.tree.map(jnp.add, sums, metrics)
 
         if longest == 1:
-            return step(state, *pick(arrays, 0))
-        metrics = jax.eval_shape(step, state, *jax.eval_shape(lambda: pick(arrays, 0)))[1]
+            return step(state, *pick(arrays, 0), *teachers)
+        batch = jax.eval_shape(lambda: pick(arrays, 0))
+        metrics = jax.eval_shape(step, state, *batch, *teachers)[1]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
         return lax.fori_loop(0, num_steps, another, (state, zeros))
 
