@@ -1,0 +1,127 @@
+"""What each part of a recipe is worth on the real subset of 100 characters: short runs.
+
+  python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
+  python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
+    --output=docs/measured/recipes.jsonl --render=docs/recipes.md
+
+Each experiment changes one thing in `configs/hwdb100.py`. Choose by the validation writers: the
+test split is there to report on.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import hwdb100
+
+EPOCHS = 5.0
+
+NAMES = {
+    "baseline": "baseline: AdamW, cosine, mild geometry, erasing, label smoothing",
+    "Optimiser": {
+        "adam_staircase": "the paper's: Adam 1e-3, staircase, no weight decay",
+        "no_warmup": "no warm-up",
+        "no_decay": "no weight decay",
+        "rate_half": "half the learning rate, 1e-3",
+        "rate_double": "twice the learning rate, 4e-3",
+        "batch_64": "batch 64",
+        "average": "moving average of the weights, 0.998",
+    },
+    "Loss": {
+        "no_smoothing": "no label smoothing",
+        "noise_rate": "loss that bears wrong labels, noise rate 0.5",
+        "teacher": "distillation from v2_best",
+        "no_dropout": "no dropout",
+    },
+    "Augmentation": {
+        "no_augmentation": "no augmentation",
+        "paper_geometry": "the paper's geometry: flips, ±30°, resize 0.5 to 2.5",
+        "half_geometry": "half the geometry",
+        "no_erasing": "no erasing",
+        "elastic": "elastic deformation, 1.5 px",
+        "stroke_width": "stroke width changed by up to half a pixel",
+    },
+    "Input": {
+        "adaptive": "aspect-ratio adaptive normal form",
+        "larger_input": "96 px",
+    },
+    "Network": {
+        "stem_stride_1": "stem of stride 1",
+        "last_stride_1": "last stride 1",
+        "width_075": "width 0.75",
+        "width_050": "width 0.5",
+        "v1": "MobileNet V1",
+    },
+    "Start and test": {
+        "strokes": "starting from simulated writers",
+        "strokes_adaptive": "starting from simulated writers, adaptive normal form",
+        "views": "five views at test time",
+    },
+}
+
+_CHANGES: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "adam_staircase": {
+        "optimizer.name": "adam",
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.schedule": "exponential",
+        "optimizer.warmup_epochs": 0.0,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.clip_norm": 0.0,
+    },
+    "no_warmup": {"optimizer.warmup_epochs": 0.0},
+    "no_decay": {"optimizer.weight_decay": 0.0},
+    "rate_half": {"optimizer.learning_rate": 1e-3},
+    "rate_double": {"optimizer.learning_rate": 4e-3},
+    "batch_64": {"batch_size": 64},
+    "average": {"optimizer.average_decay": 0.998},
+    "no_smoothing": {"loss.label_smoothing": 0.0},
+    "noise_rate": {"loss.noise_rate": 0.5},
+    "teacher": {"teacher.checkpoint": "runs/v2_best", "data.aspect": "adaptive"},
+    "no_dropout": {"model.dropout_rate": 0.0},
+    "no_augmentation": {
+        "augment.rotate_deg": 0.0,
+        "augment.zoom": 0.0,
+        "augment.shear": 0.0,
+        "augment.shift_px": 0.0,
+        "augment.resize_min": 1.0,
+        "augment.resize_max": 1.0,
+        "augment.erase_prob": 0.0,
+    },
+    "paper_geometry": {
+        "augment.flip_left_right_prob": 0.5,
+        "augment.flip_up_down_prob": 0.5,
+        "augment.rotate_deg": 30.0,
+        "augment.resize_min": 0.5,
+        "augment.resize_max": 2.5,
+    },
+    "half_geometry": {
+        "augment.rotate_deg": 5.0,
+        "augment.zoom": 0.075,
+        "augment.shear": 0.075,
+        "augment.shift_px": 1.5,
+        "augment.resize_min": 0.925,
+        "augment.resize_max": 1.075,
+    },
+    "no_erasing": {"augment.erase_prob": 0.0},
+    "elastic": {"augment.elastic_px": 1.5},
+    "stroke_width": {"augment.stroke_width": 0.5},
+    "adaptive": {"data.aspect": "adaptive"},
+    "larger_input": {"data.image_px": 96, "data.margin_px": 6},
+    "stem_stride_1": {"model.stem_stride": 1},
+    "last_stride_1": {"model.last_stride": 1},
+    "width_075": {"model.width": 0.75},
+    "width_050": {"model.width": 0.5},
+    "v1": {"model.name": "mobilenet_v1"},
+    "strokes": {"init_from": "runs/strokes"},
+    "strokes_adaptive": {"init_from": "runs/strokes", "data.aspect": "adaptive"},
+    "views": {"eval.views": 5},
+}
+
+
+def get_config(name: str) -> ConfigDict:
+    """Returns the config of an experiment."""
+    config = hwdb100.get_config()
+    config.num_epochs = EPOCHS
+    config.update_from_flattened_dict(_CHANGES[name])
+    return config

@@ -1,0 +1,34 @@
+"""Every system the paper names, trained the same way on the real subset of 100 characters.
+
+  python -m hccr_jax.sweep --config=configs/experiments/systems.py --data_dir=DIR \
+    --output=docs/measured/systems.jsonl --render=docs/systems.md
+"""
+
+import importlib
+
+from ml_collections import ConfigDict
+
+EPOCHS = 5.0
+
+NAMES = {
+    "mqdf": "MQDF: gradient directions, LDA, modified quadratic discriminant",
+    "lenet5": "LeNet-5",
+    "alexnet": "AlexNet",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "v1": "MobileNet V1",
+    "v2": "MobileNet V2",
+}
+_CONFIGS = {"v1": "hwdb100", "v2": "hwdb100"}
+
+
+def get_config(name: str) -> ConfigDict:
+    """Returns the config of an experiment."""
+    config = importlib.import_module(f"configs.{_CONFIGS.get(name, name)}").get_config()
+    if name == "v1":
+        config.model.name = "mobilenet_v1"
+    if name != "mqdf":
+        config.num_epochs = EPOCHS
+    config.eval.robustness = True
+    return config
