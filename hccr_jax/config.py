@@ -51,7 +51,7 @@ _MOBILENET = ("width", "stem_stride", "last_stride", "dropout_rate", "batch_norm
 # leave it at its default.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mobilenet_v1": _MOBILENET,
-    "mobilenet_v2": _MOBILENET,
+    "mobilenet_v2": (*_MOBILENET, "head_channels"),
     "lenet5": (),
     "alexnet": ("stem_stride", "dropout_rate"),
     "resnet18": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
@@ -59,7 +59,7 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "resnet50": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
 }
 MODEL_DEFAULTS = {
-    "width": 1.0, "stem_stride": 2, "last_stride": 2, "dropout_rate": 0.0,
+    "width": 1.0, "stem_stride": 2, "last_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
     "batch_norm_epsilon": 1e-3,
 }  # fmt: skip
 
@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
     "model.last_stride": Rule(int, 1, 2),
+    "model.head_channels": Rule(int, 8, 65_536),
     "model.dropout_rate": Rule(float, 0, 0.99),
     "model.batch_norm_epsilon": Rule(float, _TINY, 1),
     "model.batch_norm_momentum": Rule(float, 0, 0.999999),

@@ -50,6 +50,8 @@ NAMES = {
         "last_stride_1": "last stride 1",
         "width_075": "width 0.75",
         "width_050": "width 0.5",
+        "narrow_head": "head of 576 channels",
+        "wide_head": "head of 2,048 channels",
         "v1": "MobileNet V1",
     },
     "Start and test": {
@@ -112,6 +114,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "last_stride_1": {"model.last_stride": 1},
     "width_075": {"model.width": 0.75},
     "width_050": {"model.width": 0.5},
+    "narrow_head": {"model.head_channels": 576},
+    "wide_head": {"model.head_channels": 2048},
     "v1": {"model.name": "mobilenet_v1"},
     "strokes": {"init_from": "runs/strokes"},
     "strokes_adaptive": {"init_from": "runs/strokes", "data.aspect": "adaptive"},

@@ -23,9 +23,10 @@ class MobileNetV2(nnx.Module):
     Args:
       num_classes: K.
       channels: of the images.
-      width: multiplier of all channel counts; the head never has fewer than 1,280.
+      width: multiplier of all channel counts; that of the head is never below 1.
       stem_stride: of the first convolution; 1 keeps every map at twice the side.
       last_stride: of the last stage that has one; 1 keeps the maps from there on at twice the side.
+      head_channels: of the 1×1 convolution before the average.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
       dtype: of the arithmetic; parameters and logits are float32.
@@ -36,8 +37,8 @@ class MobileNetV2(nnx.Module):
 
     def __init__(
         self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        last_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
-        dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        last_stride: int = 2, head_channels: int = HEAD_CHANNELS, dropout_rate: float = 0.0,
+        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
@@ -51,7 +52,7 @@ class MobileNetV2(nnx.Module):
                 blocks.append(InvertedResidual(current, following, stride, expansion, **common))
                 current = following
         self.blocks = nnx.List(blocks)
-        head = scaled_channels(HEAD_CHANNELS, max(1.0, width))
+        head = scaled_channels(head_channels, max(1.0, width))
         self.head = ConvNorm(current, head, 1, **common)
         self.classifier = Classifier(head, num_classes, dropout_rate, dtype=dtype, rngs=rngs)
 
