@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
     config.data.test_split = "test"  # to report on, once
     # This share of the training labels, at random, is made wrong, to measure what that costs.
     config.data.label_noise = 0.0
+    # Trains on simulated writers as well, on those of their characters that the data set has.
+    config.data.mix_strokes = False
     config.data.strokes = ConfigDict()
     config.data.strokes.num_characters = 3755  # the first ones in Unicode order
     config.data.strokes.num_train_writers = 240

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import plots, report, robustness, suspects
@@ -82,7 +83,9 @@ def _find_suspects(
         suspects.write_suspects(workdir, answers, train, config.eval.suspects, step)
     if config.data.label_noise == 0.0:
         return {}
-    wrong = train.labels != load(config, config.data.train_split).labels
+    right = load(config, config.data.train_split).labels
+    wrong = np.zeros(len(train.labels), bool)
+    wrong[: len(right)] = train.labels[: len(right)] != right
     return {"shuffled_labels": suspects.detection(answers.losses, wrong)}
 
 

@@ -92,6 +92,7 @@ RULES: dict[str, Rule] = {
     "data.validation_split": Rule(str),
     "data.test_split": Rule(str),
     "data.label_noise": _SHARE,
+    "data.mix_strokes": Rule(bool),
     "data.strokes.num_characters": Rule(int, 2, 3755),
     "data.strokes.num_train_writers": Rule(int, 2, 100_000),
     "data.strokes.num_test_writers": Rule(int, 1, 100_000),

@@ -17,7 +17,7 @@ from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.label_noise import shuffle_labels
-from hccr_jax.data.splits import Split, load_split
+from hccr_jax.data.splits import Split, join_splits, load_split
 from hccr_jax.errors import InputError
 from hccr_jax.network import Network, create_network
 from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from
@@ -202,12 +202,17 @@ def load(config: ConfigDict, split: str) -> Split:
 
 
 def load_training(config: ConfigDict) -> Split:
-    """Returns the training split, with as many wrong labels as `data.label_noise` asks for."""
-    train = load(config, config.data.train_split)
-    if config.data.label_noise == 0.0:
-        return train
-    labels = shuffle_labels(train.labels, config.data.label_noise, len(train.classes), config.seed)
-    return dataclasses.replace(train, labels=labels)
+    """Returns the training split, with the wrong labels and the simulated writers asked for."""
+    data = config.data
+    train = load(config, data.train_split)
+    if data.label_noise > 0.0:
+        labels = shuffle_labels(train.labels, data.label_noise, len(train.classes), config.seed)
+        train = dataclasses.replace(train, labels=labels)
+    if data.mix_strokes:
+        name = prepare_strokes(data.data_dir, **data.strokes)
+        form = data.image_px, data.margin_px, data.aspect
+        train = join_splits(train, load_split(name, data.data_dir, "train", *form))
+    return train
 
 
 def steps_per_call(config: ConfigDict) -> int:

@@ -57,6 +57,7 @@ NAMES = {
     "Start and test": {
         "strokes": "starting from simulated writers",
         "strokes_adaptive": "starting from simulated writers, adaptive normal form",
+        "mix": "simulated writers among the training data",
         "views": "five views at test time",
     },
 }
@@ -119,6 +120,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "v1": {"model.name": "mobilenet_v1"},
     "strokes": {"init_from": "runs/strokes"},
     "strokes_adaptive": {"init_from": "runs/strokes", "data.aspect": "adaptive"},
+    "mix": {
+        "data.mix_strokes": True,
+        "data.strokes.num_train_writers": 160,
+        "data.strokes.num_test_writers": 4,
+    },
     "views": {"eval.views": 5},
 }
 

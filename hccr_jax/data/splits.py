@@ -89,6 +89,27 @@ def load_split(
     )
 
 
+def join_splits(first: Split, second: Split) -> Split:
+    """Returns the rows of `first`, then those of `second` whose characters `first` has, in memory.
+
+    Args:
+      first: keeps its classes.
+      second: with images of the same size.
+    """
+    place = {character: index for index, character in enumerate(first.classes)}
+    own = np.array([place.get(character, -1) for character in second.classes], np.int32)
+    labels = own[second.labels]
+    rows = np.flatnonzero(labels >= 0)
+    return Split(
+        images=np.concatenate([first.images, second.images[rows]]),
+        labels=np.concatenate([first.labels, labels[rows]]),
+        classes=first.classes,
+        writers=np.concatenate([first.writers, second.writers[rows]]),
+        sources=np.concatenate([first.sources, second.sources[rows]]),
+        record_numbers=np.concatenate([first.record_numbers, second.record_numbers[rows]]),
+    )
+
+
 def load_bitmaps(
     name: str, data_dir: str | Path, split: str, rows: Sequence[int] | np.ndarray
 ) -> list[np.ndarray]:
