@@ -83,6 +83,9 @@ def get_config() -> ConfigDict:
     config.loss.label_smoothing = 0.0
     # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
     config.loss.noise_rate = 0.0
+    # Mirrored images are no character at all: with `eval.flip_views` the view counts in which the
+    # network is sure. Otherwise they keep their character's label.
+    config.loss.mirrored_unknown = False
 
     # A run whose network is a teacher, or its folder checkpoints: its answers to the same augmented
     # images are learnt beside the labels. "" for none.
@@ -117,9 +120,10 @@ def get_config() -> ConfigDict:
     config.eval.every_steps = 0  # 0: once an epoch
     config.eval.batch_size = 256
     # The network sees each image under so many slight turns and zooms, and in every mirroring; its
-    # log-probabilities are averaged. Each view costs a pass.
+    # probabilities are averaged, the surer the more. Each view costs a pass.
     config.eval.views = 1
     config.eval.flip_views = False
+    config.eval.upright_prior = 0.25  # how likely an image is not mirrored
     # Before an evaluation, batch-norm statistics are taken anew from this many training batches
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
     # then swings by tens of points. 0: the running averages as they are.

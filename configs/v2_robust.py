@@ -1,7 +1,8 @@
 """MobileNetV2 that also reads what is rotated, mirrored or stretched, on the real subset.
 
-python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
-python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
 """
 
 from ml_collections import ConfigDict
@@ -10,17 +11,25 @@ from configs import v2_best
 
 
 def get_config() -> ConfigDict:
-    """Returns `configs/v2_best.py` with every mirroring, wider turns and wider stretches."""
+    """Returns a training that goes on from `configs/v2_best.py` with wider turns and stretches.
+
+    A mirrored image is taught to be no character: at test time all four mirrorings of an image are
+    looked at, and the one counts in which the network is sure.
+    """
     config = v2_best.get_config()
-    config.num_epochs = 45.0
+    config.num_epochs = 30.0
+    config.init_from = "runs/v2_best"
     config.model.dropout_rate = 0.2
-    config.augment.flip_left_right_prob = 0.5
-    config.augment.flip_up_down_prob = 0.5
+    config.loss.mirrored_unknown = True
+    config.augment.flip_left_right_prob = 0.3
+    config.augment.flip_up_down_prob = 0.3
     config.augment.rotate_deg = 27.0
     config.augment.resize_min = 0.75
     config.augment.resize_max = 1.35
     config.augment.erase_prob = 0.1
+    config.optimizer.learning_rate = 1e-3
     config.eval.views = 1
     config.eval.flip_views = True
+    config.eval.upright_prior = 0.4
     config.eval.robustness = True
     return config

@@ -1,6 +1,7 @@
 """Augmentation on the device: all geometric changes of an image in one affine map, sampled once."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
 NUM_DRAWS = 23
+IsMirrored = Callable[[jax.Array], jax.Array]
 ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
 
 
@@ -95,7 +97,7 @@ def make_augment(
         return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
 
     def augment(keys: jax.Array, images: jax.Array) -> jax.Array:
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
+        draws = _draw(keys)
         matrices = linear(draws, images).transpose(2, 0, 1)
         shifts = _spread(draws[9:11], shift_px).T
         side = crop_min + (1.0 - crop_min) * draws[17][:, None]
@@ -121,17 +123,47 @@ def make_augment(
     return augment
 
 
-def test_views(count: int, flips: bool) -> np.ndarray:
-    """Returns the maps under which one image is seen at test time, float32 (V, 2, 2) for `warp`.
+class Views(NamedTuple):
+    """How one image is seen at test time.
+
+    Attributes:
+      maps: float32 (V, 2, 2), for `warp`.
+      weights: float32 (V,).
+    """
+
+    maps: np.ndarray
+    weights: np.ndarray
+
+
+def create_views(count: int, flips: bool, upright_prior: float = 0.25) -> Views:
+    """Returns the views of an image.
 
     Args:
       count: the first so many of: as it is, turned by 6° either way, smaller by 8 %, larger by 8 %.
       flips: each of them as it is, mirrored along either axis, and along both.
+      upright_prior: with flips, the probability that an image is as written, not mirrored.
     """
     turn = [np.asarray(rotation_matrix(jnp.deg2rad(angle))) for angle in (6.0, -6.0)]
     maps = np.stack([np.eye(2), *turn, np.eye(2) * 0.92, np.eye(2) * 1.08])[:count]
     mirrors = [np.diag([x, y]) for x in (1, -1) for y in (1, -1)] if flips else [np.eye(2)]
-    return np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
+    priors = [upright_prior, *[(1 - upright_prior) / 3] * 3] if flips else [1.0]
+    maps = np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
+    return Views(maps, np.repeat(np.array(priors, np.float32), count))
+
+
+def make_is_mirrored(flip_left_right_prob: float, flip_up_down_prob: float) -> IsMirrored:
+    """Returns the function of keys (B,) that tells, bool (B,), which images `augment` mirrors."""
+
+    def is_mirrored(keys: jax.Array) -> jax.Array:
+        draws = _draw(keys)
+        return (draws[0] < flip_left_right_prob) | (draws[1] < flip_up_down_prob)
+
+    return is_mirrored
+
+
+def _draw(keys: jax.Array) -> jax.Array:
+    """Returns the numbers of each image, uniform in [0, 1), (NUM_DRAWS, B)."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
 
 
 def rotation_matrix(angle: jax.Array) -> jax.Array:

@@ -121,6 +121,7 @@ RULES: dict[str, Rule] = {
     "teacher.checkpoint": Rule(str),
     "teacher.weight": _SHARE,
     "teacher.temperature": Rule(float, 0.1, 100),
+    "loss.mirrored_unknown": Rule(bool),
     "loss.noise_rate": Rule(float, 0, 0.99),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
     "optimizer.learning_rate": Rule(float, _TINY, 1000),
@@ -142,6 +143,7 @@ RULES: dict[str, Rule] = {
     "eval.batch_size": _COUNT,
     "eval.views": Rule(int, 1, 5),
     "eval.flip_views": Rule(bool),
+    "eval.upright_prior": _SHARE,
     "eval.batch_norm_batches": Rule(int, 0, 100_000),
     "eval.robustness": Rule(bool),
     "eval.robustness_images": Rule(int, 0),
@@ -225,6 +227,11 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"config.augment.resize_min={config.augment.resize_min}: must not be above "
             f"augment.resize_max={config.augment.resize_max}"
+        )
+    if config.augment.once and config.loss.mirrored_unknown:
+        raise InputError(
+            "config.loss.mirrored_unknown=True: goes with images mirrored anew in each epoch; set "
+            "augment.once=False"
         )
     if 2 * config.data.margin_px >= config.data.image_px:
         raise InputError(

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax import optim, sharding
-from hccr_jax.augment import make_augment
+from hccr_jax.augment import make_augment, make_is_mirrored
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
@@ -103,6 +103,10 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
     )
     augment: Augment = make_augment(**augment_options(config))
+    is_unknown = None
+    if config.loss.mirrored_unknown:
+        flips = config.augment.flip_left_right_prob, config.augment.flip_up_down_prob
+        is_unknown = make_is_mirrored(*flips)
     if config.augment.once:
         train = augment_once(train, augment, config.seed)
         augment = _leave
@@ -118,6 +122,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
         batch_norm_ramp=config.model.batch_norm_ramp,
         accumulation_steps=config.gradient_accumulation_steps,
         average_decay=options.average_decay,
+        is_unknown=is_unknown,
         teacher=teacher.apply if teacher else None,
         teacher_weight=config.teacher.weight,
         teacher_temperature=config.teacher.temperature,

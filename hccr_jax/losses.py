@@ -7,7 +7,10 @@ import jax.numpy as jnp
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, noise_rate: float = 0.0
+    logits: jax.Array,
+    labels: jax.Array,
+    label_smoothing: float | jax.Array = 0.0,
+    noise_rate: float = 0.0,
 ) -> jax.Array:
     """Returns the softmax cross-entropy of each row.
 
@@ -19,7 +22,8 @@ def cross_entropy(
     Args:
       logits: float32 (B, K).
       labels: int32 (B,), classes.
-      label_smoothing: s; the target is 1 − s + s/K on the class and s/K elsewhere.
+      label_smoothing: s, one for all rows or (B,); the target is 1 − s + s/K on the class and s/K
+        elsewhere.
       noise_rate: ε, below 1; of the class's part of the target.
 
     Returns:
@@ -36,7 +40,7 @@ def cross_entropy(
     if noise_rate > 0.0:
         by_chance = math.log(noise_rate / logits.shape[1])
         chosen = jnp.logaddexp(chosen + math.log1p(-noise_rate), by_chance)
-    if label_smoothing == 0.0:
+    if isinstance(label_smoothing, float) and label_smoothing == 0.0:
         return -chosen
     return -(1 - label_smoothing) * chosen - label_smoothing * log_probabilities.mean(axis=1)
 

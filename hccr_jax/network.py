@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax import sharding
-from hccr_jax.augment import test_views
+from hccr_jax.augment import create_views
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.train_state import INIT, stream_key
 from hccr_jax.train_step import make_eval_step
@@ -65,8 +65,9 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     summary, multiply_adds = summarize(model, config.data.image_px)
     views = None
     if config.eval.views > 1 or config.eval.flip_views:
-        views = test_views(config.eval.views, config.eval.flip_views)
-        multiply_adds *= len(views)
+        options = config.eval
+        views = create_views(options.views, options.flip_views, options.upright_prior)
+        multiply_adds *= len(views.maps)
     eval_step = make_eval_step(apply, mesh, views=views)
     return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds)
 

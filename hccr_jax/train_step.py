@@ -1,18 +1,18 @@
 """Pure, compiled step functions: training, evaluation, statistics."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax import losses, sharding
-from hccr_jax.augment import warp
+from hccr_jax.augment import IsMirrored, Views, warp
 from hccr_jax.models.registry import Apply
 from hccr_jax.sharding import DATA_AXIS
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, stream_key
@@ -84,6 +84,7 @@ def make_train_step(
     teacher: Apply | None = None,
     teacher_weight: float = 0.5,
     teacher_temperature: float = 1.0,
+    is_unknown: IsMirrored | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
@@ -102,6 +103,9 @@ def make_train_step(
       teacher: a trained network whose answers to the same augmented images are learnt as well.
       teacher_weight: w; the loss is (1 − w) · cross-entropy + w · `losses.distillation`.
       teacher_temperature: of the distillation.
+      is_unknown: tells by the augmentation's keys (B,) which images, bool (B,), are to be taken for
+        no character at all: their target is the same probability for every class, and an answer to
+        them is right where no class gets half of it.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
@@ -118,6 +122,10 @@ def make_train_step(
             )
             inputs = augment(augment_keys, to_float(images))[..., None]
             share = 1.0 / (lax.axis_size(DATA_AXIS) * accumulation_steps)
+            smoothing: Any = label_smoothing
+            if is_unknown is not None:
+                unknown = is_unknown(augment_keys)
+                smoothing = jnp.where(unknown, 1.0, label_smoothing)
             if teacher is not None:
                 teacher_logits, _ = teacher(*teacher_variables, inputs)
 
@@ -126,16 +134,22 @@ def make_train_step(
                     params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
                 )
                 # The mean over the whole batch: each part on each device holds its share of it.
-                rows = losses.cross_entropy(logits, labels, label_smoothing, noise_rate)
+                rows = losses.cross_entropy(logits, labels, smoothing, noise_rate)
                 if teacher is not None:
                     away = losses.distillation(logits, teacher_logits, teacher_temperature)
-                    rows = (1 - teacher_weight) * rows + teacher_weight * away
+                    weight: Any = teacher_weight
+                    if is_unknown is not None:
+                        weight = jnp.where(unknown, 0.0, teacher_weight)
+                    rows = (1 - weight) * rows + weight * away
                 return rows.mean() * share, (logits, batch_stats)
 
             (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params
             )
-            correct = (logits.argmax(-1) == labels).mean(dtype=jnp.float32) * share
+            hits = logits.argmax(-1) == labels
+            if is_unknown is not None:
+                hits = jnp.where(unknown, jax.nn.softmax(logits).max(-1) < 0.5, hits)
+            correct = hits.mean(dtype=jnp.float32) * share
             statistics = jax.tree.map(lambda leaf: leaf / accumulation_steps, statistics)
             return (gradients, loss, correct), statistics
 
@@ -222,7 +236,7 @@ def make_train_call(
 
 
 def make_eval_step(
-    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: np.ndarray | None = None
+    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: Views | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the jitted evaluation step.
 
@@ -230,8 +244,9 @@ def make_eval_step(
       apply: the network.
       mesh: from `sharding.create_mesh`.
       num_candidates: N best classes to return.
-      views: float32 (V, 2, 2) from `augment.test_views`; the network sees each image under all of
-        these maps, and the mean of its log-probabilities counts. None for the image alone.
+      views: from `augment.create_views`; the network sees each image in all of them, and the mean
+        of its probabilities counts, each view weighted by its own weight and by how sure the
+        network is of it (`combine_views`). None for the image alone.
 
     Returns:
       step(params, batch_stats, images uint8 (B, S, S), labels (B,)) -> (loss float32 (B,), classes
@@ -241,11 +256,12 @@ def make_eval_step(
     def local_step(params, batch_stats, images, labels):
         seen = to_float(images)
         if views is not None:
-            maps = jnp.repeat(jnp.asarray(views), len(images), axis=0)
-            seen = warp(jnp.tile(seen, (len(views), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
+            maps = jnp.repeat(jnp.asarray(views.maps), len(images), axis=0)
+            seen = warp(jnp.tile(seen, (len(views.maps), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
         logits, _ = apply(params, batch_stats, seen[..., None])
         if views is not None:
-            logits = jax.nn.log_softmax(logits).reshape(len(views), len(images), -1).mean(0)
+            logits = logits.reshape(len(views.maps), len(images), -1)
+            logits = combine_views(logits, jnp.asarray(views.weights))
         scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
         probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
         results = losses.cross_entropy(logits, labels), classes, probabilities
@@ -258,6 +274,27 @@ def make_eval_step(
             out_specs=(whole, whole, whole), check_vma=False,
         )
     )  # fmt: skip
+
+
+def combine_views(logits: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the logarithm of the mean probabilities of several views of the same images.
+
+    A view counts by its weight times the certainty 1 − H/log K, where H is the entropy of its
+    probabilities: a view that tells nothing takes no part.
+
+    Args:
+      logits: float32 (V, B, K).
+      weights: float32 (V,).
+
+    Returns:
+      float32 (B, K); each row is a distribution.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    probabilities = jnp.exp(log_probabilities)
+    entropy = -(probabilities * log_probabilities).sum(-1, keepdims=True)
+    certainty = jnp.maximum(1.0 - entropy / math.log(logits.shape[-1]), 1e-6)
+    shares = weights[:, None, None] * certainty
+    return jnp.log((shares * probabilities).sum(0) / shares.sum(0))
 
 
 def make_statistics_step(
