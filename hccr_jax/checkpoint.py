@@ -62,11 +62,11 @@ class Checkpoints:
 
         Args:
           step: not saved before.
-          items: pytrees of arrays by name.
+          items: pytrees of arrays by name; empty ones are left out, since Orbax refuses them.
           about: JSON object.
           metrics: of the validation, with "top1"; None where there was none at this step.
         """
-        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items() if item}
         composite = ocp.args.Composite(**arguments, about=ocp.args.JsonSave(about))
         self._manager.save(step, args=composite, metrics=metrics or {}, force=True)
 
@@ -119,7 +119,7 @@ class Checkpoints:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
         )
-        arguments = {name: ocp.args.StandardRestore(item) for name, item in target.items()}
+        arguments = {name: ocp.args.StandardRestore(item) for name, item in target.items() if item}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except (ValueError, KeyError) as error:
@@ -127,7 +127,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
-        return {name: restored[name] for name in like}
+        return {name: restored[name] if item else item for name, item in like.items()}
 
     def __enter__(self) -> Self:
         return self
