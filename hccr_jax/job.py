@@ -1,6 +1,7 @@
 """A config made concrete: its data, network and functions."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
 from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.splits import Split, load_split
-from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.models.registry import MODELS, Apply, create_model, split_model, summarize
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import INIT, TrainState, create_train_state, stream_key
 from hccr_jax.train_step import (
@@ -82,10 +83,11 @@ class Job:
 def create_network(config: ConfigDict, num_classes: int) -> Network:
     """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
-    options = {key: value for key, value in config.model.items() if key != "batch_norm_momentum"}
-    options["dtype"] = compute_dtype(config)
+    taken = inspect.signature(MODELS[config.model.name]).parameters
+    options = {**config.model, "dtype": compute_dtype(config)}
+    options = {key: value for key, value in options.items() if key in taken}
     rngs = nnx.Rngs(stream_key(config.seed, INIT))
-    model = create_model(num_classes=num_classes, rngs=rngs, **options)
+    model = create_model(config.model.name, num_classes=num_classes, rngs=rngs, **options)
     apply, *initial = split_model(model)
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
     summary, _ = summarize(model, config.data.image_px)

@@ -115,7 +115,7 @@ def test_extra_and_missing_keys() -> None:
         ("optimizer.learning_rate", math.nan, "a number from 1e-12 to 1000"),
         ("optimizer.learning_rate", math.inf, "a number from 1e-12 to 1000"),
         ("optimizer.learning_rate", 0.0, "a number from 1e-12 to 1000"),
-        ("model.name", "mobilenet", "one of mobilenet_v1, mobilenet_v2"),
+        ("model.name", "mobilenet", "one of mobilenet_v1, mobilenet_v2, mqdf"),
         ("model.dropout_rate", 1.0, "a number from 0 to 0.99"),
         ("seed", -1, "a whole number from 0 to 2147483647"),
         ("seed", 2**31, "a whole number from 0 to 2147483647"),

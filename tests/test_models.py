@@ -128,7 +128,7 @@ def test_conv_is_a_convolution_on_each_of_its_ways(channels, kernel, stride):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mqdf"}))
 def test_logits_parameters_and_statistics_are_float32(name, dtype):
     network = create_model(name, num_classes=5, width=0.25, dtype=dtype, rngs=nnx.Rngs(0))
     apply, params, batch_stats = split_model(network)

@@ -10,8 +10,13 @@ from flax import nnx
 from hccr_jax.models.layers import recording
 from hccr_jax.models.mobilenet_v1 import MobileNetV1
 from hccr_jax.models.mobilenet_v2 import MobileNetV2
+from hccr_jax.models.mqdf import MQDF
 
-MODELS: dict[str, type[nnx.Module]] = {"mobilenet_v1": MobileNetV1, "mobilenet_v2": MobileNetV2}
+MODELS: dict[str, type[nnx.Module]] = {
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "mqdf": MQDF,
+}
 
 # apply(params, batch_stats, images, train, dropout_keys, axis_name) -> (logits, batch_stats)
 Apply = Callable[..., tuple[jax.Array, Any]]
