@@ -33,6 +33,10 @@ def get_config() -> ConfigDict:
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
     config.model.batch_norm_ramp = True  # the averages forget their start; False: momentum alone
+    # Of the classical recogniser, mqdf:
+    config.model.lda_dims = 160  # at most one less than there are classes
+    config.model.eigenvectors = 50  # of each class
+    config.model.minor_variance = 0.65  # in all other directions; the mean variance is 1
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
 
     config.data = ConfigDict()

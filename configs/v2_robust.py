@@ -1,8 +1,8 @@
 """MobileNetV2 that also reads what is rotated, mirrored or stretched, on the real subset.
 
-  python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
-  python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
-  python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
+python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
+python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
+python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
 """
 
 from ml_collections import ConfigDict

@@ -62,7 +62,7 @@ class Checkpoints:
 
         Args:
           step: not saved before.
-          items: pytrees of arrays by name.
+          items: pytrees of arrays by name; empty ones are left out, since Orbax refuses them.
           about: JSON object.
           metrics: of the validation, with "top1"; None where there was none at this step.
         """

@@ -57,10 +57,11 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "resnet18": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
     "resnet34": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
     "resnet50": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
+    "mqdf": ("lda_dims", "eigenvectors", "minor_variance"),
 }
 MODEL_DEFAULTS = {
     "width": 1.0, "stem_stride": 2, "last_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
-    "batch_norm_epsilon": 1e-3,
+    "batch_norm_epsilon": 1e-3, "lda_dims": 160, "eigenvectors": 50, "minor_variance": 0.65,
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
@@ -81,6 +82,9 @@ RULES: dict[str, Rule] = {
     "model.batch_norm_epsilon": Rule(float, _TINY, 1),
     "model.batch_norm_momentum": Rule(float, 0, 0.999999),
     "model.batch_norm_ramp": Rule(bool),
+    "model.lda_dims": Rule(int, 1, 512),
+    "model.eigenvectors": Rule(int, 1, 512),
+    "model.minor_variance": Rule(float, 1e-6, 1000),
     "model.dtype": Rule(str, words=("auto", "float32", "bfloat16")),
     "data.name": Rule(str),
     "data.data_dir": Rule(str),

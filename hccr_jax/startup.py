@@ -33,6 +33,9 @@ def prepare_process() -> None:
     says; JAX_ENABLE_COMPILATION_CACHE=false keeps none. To be called before JAX runs anything.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # The threads of SciPy's BLAS, which JAX calls for eigenvectors on a CPU, wait in busy loops:
+    # where other work shares the cores, these make it a hundred times slower.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
     import jax
 

@@ -1,6 +1,7 @@
-"""The main job: train, evaluate and save."""
+"""The main job: train or fit, evaluate and save."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -22,6 +23,7 @@ from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_row
 from hccr_jax.data.order import batch_rows
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import evaluate
+from hccr_jax.fit import fit_mqdf
 from hccr_jax.job import Job, create_job, load
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.pretrained import load_pretrained
@@ -65,7 +67,8 @@ def train_and_evaluate(
     config_lib.save(config, workdir / "config.json")
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
     with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
-        train(job, workdir, checkpoints, timeline)
+        learn = fit if config.model.name == "mqdf" else train
+        learn(job, workdir, checkpoints, timeline)
     return assess(load_pretrained(workdir, config, job.network), job.test, workdir)
 
 
@@ -108,7 +111,6 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     timeline.lap("first batch")
     train_call = _compile(job, state, head)
     timeline.lap("compile")
-    about = {"classes": list(job.train.classes), "config": config.to_dict()}
     pending: list[dict[str, jax.Array]] = []
     with MetricsWriter(workdir, step, steps.total) as writer, _sigterm() as stopped:
         logged, clock = step, time.monotonic()
@@ -141,11 +143,36 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                     scores = _validate(job, state, statistics)
                     row = {f"eval/{name}": score for name, score in scores.items()}
                     writer.write(step, row | {"eval/seconds": time.monotonic() - now})
-                checkpoints.save(step, _items(state, statistics), about, scores)
+                checkpoints.save(step, _items(state, statistics), _about(job), scores)
                 plots.write_curves(workdir)
                 clock = time.monotonic()
             if leaving and step < steps.total:
                 raise SystemExit(SIGTERM_EXIT)
+
+
+def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
+    """Fits the classical recogniser to the batches of the whole run and saves its last step."""
+    config, network, total = job.config, job.network, job.steps.total
+    if (checkpoints.latest_step() or 0) >= total:
+        return
+    print(network.summary)
+    _write_augmented_sheet(job, workdir)
+    start = time.monotonic()
+    params = fit_mqdf(network.params, network.apply, job.feed, total, job.augment, job.validation)
+    seconds = time.monotonic() - start
+    timeline.lap("fit")
+    print(timeline)
+    scores = _validate(job, dataclasses.replace(job.initial, params=params), network.batch_stats)
+    row = {f"eval/{name}": score for name, score in scores.items()}
+    with MetricsWriter(workdir, 0, total) as writer:
+        writer.write(total, {"images_per_second": total * config.batch_size / seconds, **row})
+    items = {"params": params, "eval_batch_stats": network.batch_stats}
+    checkpoints.save(total, items, _about(job), scores)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """Returns what travels with a checkpoint's arrays."""
+    return {"classes": list(job.train.classes), "config": job.config.to_dict()}
 
 
 def _items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-import jax
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # main sets it too, but after JAX has read it
+import jax
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

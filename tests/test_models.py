@@ -295,7 +295,7 @@ def test_initial_weights_have_the_variance_of_their_source(initial, variance):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mqdf"}))
 def test_logits_parameters_and_statistics_are_float32(name, dtype, small_alexnet):
     options = {"width": 0.25} if "width" in MODEL_OPTIONS[name] else {}
     network = create_model(

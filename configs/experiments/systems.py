@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 EPOCHS = 5.0
 
 NAMES = {
+    "mqdf": "MQDF: gradient directions, LDA, modified quadratic discriminant",
     "lenet5": "LeNet-5",
     "alexnet": "AlexNet",
     "resnet18": "ResNet-18",
@@ -27,6 +28,7 @@ def get_config(name: str) -> ConfigDict:
     config = importlib.import_module(f"configs.{_CONFIGS.get(name, name)}").get_config()
     if name == "v1":
         config.model.name = "mobilenet_v1"
-    config.num_epochs = EPOCHS
+    if name != "mqdf":
+        config.num_epochs = EPOCHS
     config.eval.robustness = True
     return config

@@ -103,7 +103,8 @@ def count_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[Cos
     return costs
 
 
-def _record(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
+def record_cost(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
+    """Tells a `recording` what a layer cost; y is its output (B, ...)."""
     costs = _recorder.get()
     if costs is not None:
         parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(layer, nnx.Param)))
@@ -157,7 +158,7 @@ class Conv(nnx.Module):
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
         positions = y.shape[1] * y.shape[2]
-        _record(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
+        record_cost(self, f"conv {kernel}×{kernel}/{self.stride}", y, positions * weight.size)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
@@ -190,7 +191,7 @@ class MaxPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌊(H + 2P − 3)/2⌋ + 1, …, C)."""
         y = functools.reduce(jnp.maximum, _taps(x, 3, 2, self.padding))
-        _record(self, "max pooling 3×3/2", y, 0)
+        record_cost(self, "max pooling 3×3/2", y, 0)
         return y
 
 
@@ -200,7 +201,7 @@ class AveragePool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌊H/2⌋, ⌊W/2⌋, C)."""
         y = functools.reduce(jnp.add, _taps(x, 2, 2, 0)) / 4
-        _record(self, "average pooling 2×2/2", y, 0)
+        record_cost(self, "average pooling 2×2/2", y, 0)
         return y
 
 
@@ -224,7 +225,7 @@ class DepthwiseConv(nnx.Module):
     def record(self, y: jax.Array) -> None:
         """Records the cost of y, the layer's output."""
         positions = y.shape[1] * y.shape[2]
-        _record(self, f"depthwise 3×3/{self.stride}", y, positions * self.weight.size)
+        record_cost(self, f"depthwise 3×3/{self.stride}", y, positions * self.weight.size)
 
 
 class BatchNorm(nnx.Module):
@@ -254,7 +255,7 @@ class BatchNorm(nnx.Module):
 
     def record(self, y: jax.Array) -> None:
         """Records the cost of y, the layer's output."""
-        _record(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
+        record_cost(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """Returns scale and bias, (C,)."""
@@ -288,7 +289,7 @@ class Dense(nnx.Module):
             x = jnp.where(mask(dropout_keys), x / keep, 0.0)
         weight = self.weight[...].astype(self.dtype)
         y = jnp.dot(x.astype(self.dtype), weight, preferred_element_type=jnp.float32)
-        _record(self, "dense", y, weight.size)
+        record_cost(self, "dense", y, weight.size)
         return y + self.bias[...][None]
 
 

@@ -11,6 +11,7 @@ from hccr_jax.models.layers import Cost, count_costs
 from hccr_jax.models.lenet import LeNet5
 from hccr_jax.models.mobilenet_v1 import MobileNetV1
 from hccr_jax.models.mobilenet_v2 import MobileNetV2
+from hccr_jax.models.mqdf import MQDF
 from hccr_jax.models.resnet import resnet18, resnet34, resnet50
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "mqdf": MQDF,
 }
 SIZED = ("lenet5", "alexnet")  # a dense layer sees a whole map, so they must know its size
 
@@ -46,6 +48,8 @@ def create_model(name: str, *, image_px: int = 64, **arguments: Any) -> nnx.Modu
     """
     if name in SIZED:
         arguments["image_px"] = image_px
+    if name == "mqdf":
+        arguments.pop("dtype", None)  # distances between classes need float32 everywhere
     return MODELS[name](**arguments)
 
 

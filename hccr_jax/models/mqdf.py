@@ -1,0 +1,215 @@
+"""The classical recogniser: gradient features, LDA, modified quadratic discriminant function.
+
+It is called as the networks are, but fitted in closed form (`fit_lda`, `fit_discriminant`), class
+by class in a fixed order of additions.
+
+Source: Kimura, Takashina, Tsuruoka and Miyake, "Modified quadratic discriminant functions and the
+application to Chinese character recognition", IEEE TPAMI 9 (1987), there MQDF2. The whole system:
+Liu, Yin, Wang and Wang, "Online and offline handwritten Chinese character recognition: benchmarking
+on new databases", Pattern Recognition 46 (2013).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from hccr_jax import losses
+from hccr_jax.models.gradient_features import DIRECTIONS, GRID, NUM_FEATURES, gradient_features
+from hccr_jax.models.layers import record_cost
+
+RIDGE = 0.2  # added to the within-class variances, in units of their mean
+
+
+class GradientFeatures(nnx.Module):
+    """`gradient_features` as a layer without parameters."""
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps (B, S, S, C) to (B, 512); several channels are averaged."""
+        features = gradient_features(images.mean(axis=3))
+        size = images.shape[1]
+        # Two Sobel filters of six taps, then the blur along the columns and along the rows.
+        blur = DIRECTIONS * GRID * (size * size + GRID * size)
+        record_cost(self, "gradient features", features, 2 * 6 * size * size + blur)
+        return features
+
+
+class Projection(nnx.Module):
+    """An affine map to fewer dimensions."""
+
+    def __init__(self, dims_in: int, dims: int) -> None:
+        self.weight = nnx.Param(jnp.zeros((dims_in, dims)))
+        self.bias = nnx.Param(jnp.zeros(dims))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, D) to (B, d)."""
+        y = jnp.dot(x, self.weight[...], precision="highest") + self.bias[...][None]
+        record_cost(self, "linear discriminants", y, self.weight.size)
+        return y
+
+
+class QuadraticDiscriminant(nnx.Module):
+    """Scaled log-likelihoods of Gaussians with k own variances a class and one for all the rest.
+
+    Args:
+      num_classes: K.
+      dims: d, of the input.
+      eigenvectors: k, whose directions and variances each class has of its own.
+      minor_variance: δ, of every other direction.
+    """
+
+    def __init__(
+        self, num_classes: int, dims: int, eigenvectors: int, minor_variance: float
+    ) -> None:
+        self.mean = nnx.Param(jnp.zeros((num_classes, dims)))
+        self.vectors = nnx.Param(jnp.zeros((num_classes, dims, eigenvectors)))
+        self.variances = nnx.Param(jnp.ones((num_classes, eigenvectors)))
+        self.minor_variance = nnx.Param(jnp.full((), minor_variance, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, d) to logits (B, K), −½ · scale · MQDF2."""
+        mean, vectors, variances = self.mean[...], self.vectors[...], self.variances[...]
+        minor, (_, dims, leading) = self.minor_variance[...], vectors.shape
+        einsum = functools.partial(jnp.einsum, precision="highest")
+        # x − mean is never formed: it would be B × K × d.
+        distances = (x**2).sum(1)[:, None] - 2 * einsum("bd,kd->bk", x, mean)
+        distances += (mean**2).sum(1)[None]
+        offsets = einsum("bd,kdj->bkj", x, vectors) - einsum("kd,kdj->kj", mean, vectors)[None]
+        own = einsum("bkj,kj->bk", offsets**2, 1 / variances - 1 / minor)
+        log_determinants = jnp.log(variances).sum(1) + (dims - leading) * jnp.log(minor)
+        logits = -0.5 * self.scale[...] * (own + distances / minor + log_determinants[None])
+        record_cost(
+            self, "quadratic discriminants", logits, mean.size + vectors.size + variances.size
+        )
+        return logits
+
+
+class MQDF(nnx.Module):
+    """Gradient features, linear discriminant analysis, modified quadratic discriminant function.
+
+    Args:
+      num_classes: K.
+      channels: of the images.
+      lda_dims: discriminants to keep, at most K − 1.
+      eigenvectors: of each class.
+      minor_variance: δ, in units of the mean variance within the classes.
+      rngs: not used.
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int = 1, lda_dims: int = 160, eigenvectors: int = 50,
+        minor_variance: float = 0.65, *, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        dims = min(lda_dims, num_classes - 1, NUM_FEATURES)
+        self.features = GradientFeatures()
+        self.lda = Projection(NUM_FEATURES, dims)
+        self.discriminant = QuadraticDiscriminant(
+            num_classes, dims, min(eigenvectors, dims), minor_variance
+        )
+
+    def __call__(
+        self, images: jax.Array, train: bool = False, dropout_keys: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Maps images (B, S, S, C), ink 1 and paper 0, to float32 logits (B, K)."""
+        return self.discriminant(self.lda(self.features(images)))
+
+
+def class_rows(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of each class, int32 (K, n), and their weights, float32 (K, n).
+
+    n is the size of the largest class; smaller ones are filled up with rows of weight 0.
+
+    >>> rows, weights = class_rows(np.array([1, 0, 1]), 2)
+    >>> rows.tolist(), weights.tolist()
+    ([[1, 0], [0, 2]], [[1.0, 0.0], [1.0, 1.0]])
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    filled = np.arange(counts.max()) < counts[:, None]
+    rows = np.zeros(filled.shape, np.int32)
+    rows[filled] = np.argsort(labels, kind="stable")
+    return rows, filled.astype(np.float32)
+
+
+def _centre(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the count () and mean (d,) of weighted rows (n, d), and the rows without it."""
+    count = weights.sum()
+    mean = (x * weights[:, None]).sum(0) / jnp.maximum(count, 1.0)
+    return count, mean, (x - mean[None]) * weights[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="dims")
+def fit_lda(x: jax.Array, rows: jax.Array, weights: jax.Array, dims: int) -> dict[str, jax.Array]:
+    """Returns Fisher's linear discriminants as the parameters of a `Projection`.
+
+    What they give has mean 0 and, over all classes, unit variance within the classes, without
+    correlation.
+
+    Args:
+      x: float32 (N, D).
+      rows, weights: from `class_rows`.
+      dims: how many discriminants, the best ones first.
+    """
+    with jax.default_matmul_precision("highest"):
+
+        def add(within, group):
+            count, mean, centred = _centre(x[group[0]], group[1])
+            return within + centred.T @ centred, (count, mean)
+
+        zeros = jnp.zeros((x.shape[1], x.shape[1]))
+        within, (counts, means) = lax.scan(add, zeros, (rows, weights))
+        shares = (counts / counts.sum())[:, None]
+        mean = (means * shares).sum(0)
+        between = (means - mean[None]).T @ ((means - mean[None]) * shares)
+        within /= counts.sum()
+        ridge = RIDGE * jnp.trace(within) / len(within)
+        values, vectors = jnp.linalg.eigh(within + ridge * jnp.eye(len(within)))
+        whiten = vectors / jnp.sqrt(values)[None]
+        _, turn = jnp.linalg.eigh(whiten.T @ between @ whiten)
+        weight = whiten @ turn[:, ::-1][:, :dims]
+        return {"weight": weight, "bias": -mean @ weight}
+
+
+@functools.partial(jax.jit, static_argnames="eigenvectors")
+def fit_discriminant(
+    x: jax.Array, rows: jax.Array, weights: jax.Array, eigenvectors: int, minor_variance: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns the parameters of a `QuadraticDiscriminant`, unscaled.
+
+    Args:
+      x: float32 (N, d).
+      rows, weights: from `class_rows`.
+      eigenvectors: k, of each class.
+      minor_variance: δ; no own variance of a class is taken to be smaller.
+    """
+
+    def one(group):
+        count, mean, centred = _centre(x[group[0]], group[1])
+        values, vectors = jnp.linalg.eigh(centred.T @ centred / jnp.maximum(count, 1.0))
+        return mean, vectors[:, ::-1][:, :eigenvectors], values[::-1][:eigenvectors]
+
+    # One class at a time: on a CPU of few threads, XLA's eigenvectors of a batch can wait forever.
+    with jax.default_matmul_precision("highest"):
+        mean, vectors, values = lax.map(one, (rows, weights))
+    return {
+        "mean": mean,
+        "vectors": vectors,
+        "variances": jnp.maximum(values, minor_variance),
+        "minor_variance": minor_variance,
+        "scale": jnp.ones(()),
+    }
+
+
+@jax.jit
+def fit_scale(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the factor, from 2⁻⁸ to 2², that makes logits (N, K) most likely to give labels (N,).
+
+    Features of one image go together, so the Gaussians are far too sure of themselves.
+    """
+    scales = 2.0 ** jnp.linspace(-8.0, 2.0, 161)
+    means = lax.map(lambda scale: losses.cross_entropy(scale * logits, labels).mean(), scales)
+    return scales[means.argmin()]
