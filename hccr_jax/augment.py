@@ -237,8 +237,8 @@ def _elastic_field(keys: jax.Array, size: int, elastic_px: float) -> jax.Array:
     place = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (ELASTIC_CELLS / size)
     distance = jnp.abs(place[:, None] - jnp.arange(ELASTIC_CELLS + 1, dtype=jnp.float32)[None])
     # Half a cosine wave from one corner to the next: the field has no creases.
-    weights = jnp.where(distance < 1, 0.5 + 0.5 * jnp.cos(jnp.pi * distance), 0.0) * elastic_px
-    field = jnp.einsum("yi,bcij,xj->bcyx", weights, corners, weights / elastic_px)
+    weights = jnp.where(distance < 1, 0.5 + 0.5 * jnp.cos(jnp.pi * distance), 0.0)
+    field = elastic_px * jnp.einsum("yi,bcij,xj->bcyx", weights, corners, weights)
     return field.reshape(*field.shape[:2], size * size)
 
 

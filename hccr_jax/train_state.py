@@ -46,7 +46,8 @@ def create_train_state(
     # Compiled as one program: leaf by leaf, JAX would compile one for each shape.
     opt_state = jax.jit(optimizer.init)(params)
     # A copy: the step gives up the memory of both.
-    average = jax.tree.map(jnp.copy, params) if averages_params else None
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
+    average = copy(params) if averages_params else None
     return TrainState(step, params, batch_stats, opt_state, average)
 
 

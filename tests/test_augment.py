@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hccr_jax.augment import ink_extents, make_augment, rotation_matrix, warp
+from hccr_jax.augment import (
+    ELASTIC_CELLS,
+    NUM_DRAWS,
+    change_stroke_width,
+    create_views,
+    ink_extents,
+    make_augment,
+    make_is_mirrored,
+    rotation_matrix,
+    warp,
+)
 
 SIZE = 64
 
@@ -103,9 +113,12 @@ def test_the_paper_augmentation_crops_nothing():
 
 
 def test_a_row_depends_on_its_own_key_and_image_alone():
-    augment = make_augment(
-        rotate_deg=30.0, zoom=0.2, shear=0.2, shift_px=3.0, erase_prob=0.5, noise_std=0.05
-    )
+    augment = jax.jit(
+        make_augment(
+            rotate_deg=30.0, zoom=0.2, shear=0.2, shift_px=3.0, elastic_px=1.0, stroke_width=0.5,
+            erase_prob=0.5, noise_std=0.05,
+        )
+    )  # fmt: skip
     images = jnp.array(blobs(8))
     whole = augment(keys(8), images)
     half = augment(keys(8)[4:], images[4:])
@@ -179,3 +192,103 @@ def test_contrast_and_brightness_stay_between_paper_and_ink():
     changed = make_augment(contrast=1.0, brightness=1.0)(keys(100), images)
     assert changed.min() == 0
     assert changed.max() == 1
+
+
+@pytest.mark.parametrize("fewer", [16, 20, 22])  # as many as there were before something came
+def test_new_draws_leave_those_before_them_alone(fewer):
+    whole = jax.random.uniform(jax.random.key(5), (NUM_DRAWS,))
+    np.testing.assert_array_equal(jax.random.uniform(jax.random.key(5), (fewer,)), whole[:fewer])
+
+
+def displacements(count: int, size: int, elastic_px: float) -> np.ndarray:
+    """Returns where each pixel is read from, (2, B, S, S) pixels (x, y) away from its own place."""
+    # Each pixel holds its own place, so what is shown tells where it was read.
+    place = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
+    across = jnp.broadcast_to(place, (count, size, size))
+    augment = jax.jit(make_augment(elastic_px=elastic_px))
+    moved = [augment(keys(count), images) - images for images in (across, across.swapaxes(1, 2))]
+    return size * np.asarray(moved)
+
+
+def test_an_elastic_field_has_its_size_and_no_jumps():
+    size, elastic_px = 48, 1.5
+    field = displacements(500, size, elastic_px)
+    cell = size // ELASTIC_CELLS
+    corners = np.arange(1, ELASTIC_CELLS) * cell  # those of the edge read paper from outside
+
+    def spread(places):
+        """The standard deviation at some places, which lie between two pixels."""
+        around = [field[..., places - i, :][..., places - j] for i in (0, 1) for j in (0, 1)]
+        return np.mean(around, axis=0).std()
+
+    assert spread(corners) == pytest.approx(elastic_px, rel=0.04)
+    # Halfway between four corners that were drawn independently.
+    assert spread(corners[:-1] + cell // 2) == pytest.approx(elastic_px / 2, rel=0.04)
+    inner = field[..., corners[0] : corners[-1], corners[0] : corners[-1]]
+    across, down = inner.reshape(2, -1)
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.05
+    # Half a cosine wave over a cell is at most so steep.
+    reach = np.ptp(inner, axis=(2, 3))
+    for axis in (2, 3):
+        steepest = np.abs(np.diff(inner, axis=axis)).max(axis=(2, 3))
+        assert (steepest < np.pi / 2 / cell * reach * 1.02).all()
+
+
+def test_strokes_grow_to_the_dilated_image_and_shrink_to_the_eroded():
+    images = blobs(3)
+    wider, narrower = (
+        morphology(images, size=(1, 3, 3), mode="nearest")
+        for morphology in (ndimage.grey_dilation, ndimage.grey_erosion)
+    )
+    change = jax.jit(lambda amount: change_stroke_width(jnp.array(images), jnp.full(3, amount)))
+    np.testing.assert_array_equal(change(0.0), images)
+    for share in (0.3, 1.0):
+        expected = images + share * (wider - images), images + share * (narrower - images)
+        np.testing.assert_allclose(change(share), expected[0], atol=1e-6)
+        np.testing.assert_allclose(change(-share), expected[1], atol=1e-6)
+
+
+def test_stroke_widths_stay_in_range_and_use_it():
+    images = jnp.zeros((500, 8, 8)).at[:, 2:6, 2:6].set(0.5).at[:, 3:5, 3:5].set(1.0)
+    changed = np.asarray(jax.jit(make_augment(stroke_width=0.6))(keys(500), images))
+    # Around the middle 0.5 grows to 1, and shrinks to 0.
+    amounts = (changed[:, 2, 2] - 0.5) / 0.5
+    np.testing.assert_allclose(changed[:, 3, 3], np.minimum(1, 1 + amounts / 2), atol=1e-6)
+    assert -0.6 <= amounts.min() < -0.59
+    assert 0.59 < amounts.max() <= 0.6
+    assert abs(amounts.mean()) < 0.06  # four standard deviations
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_views_turn_zoom_and_mirror(count, flips):
+    views, weights = create_views(count, flips, upright_prior=0.4)
+    assert views.dtype == weights.dtype == np.float32
+    expected = np.repeat([0.4, 0.2, 0.2, 0.2] if flips else [1.0], count)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert len(views) == count * (4 if flips else 1)
+    np.testing.assert_array_equal(views[0], np.eye(2))
+    # A turn or a mirroring keeps areas, a zoom by z multiplies them by z².
+    areas = np.array([1, 1, 1, 0.92**2, 1.08**2])[:count]
+    handed = [1, -1, -1, 1] if flips else [1]
+    determinants = np.linalg.det(views).reshape(-1, count)
+    np.testing.assert_allclose(determinants, np.outer(handed, areas), atol=1e-6)
+    angles = np.rad2deg(np.arctan2(views[:count, 0, 1], views[:count, 0, 0]))
+    np.testing.assert_allclose(angles, [0, 6, -6, 0, 0][:count], atol=1e-4)
+
+    def as_set(maps):
+        return {tuple(row) for row in maps.astype(float).round(5).reshape(-1, 4).tolist()}
+
+    assert len(as_set(views)) == len(views)
+    if flips:  # a mirrored image is seen under the same views
+        for mirror in (np.diag([-1, 1]), np.diag([1, -1]), -np.eye(2)):
+            assert as_set(views @ mirror) == as_set(views)
+
+
+def test_mirrored_images_are_known_by_their_keys():
+    mark = jnp.zeros((400, 8, 8)).at[:, 1, 2].set(1.0)
+    options = {"flip_left_right_prob": 0.3, "flip_up_down_prob": 0.2}
+    augmented = np.asarray(make_augment(**options)(keys(400), mark))
+    mirrored = np.asarray(make_is_mirrored(*options.values())(keys(400)))
+    np.testing.assert_array_equal(mirrored, augmented[:, 1, 2] == 0)
+    assert 0.34 < mirrored.mean() < 0.54  # 1 - 0.7 * 0.8 = 0.44, four standard deviations

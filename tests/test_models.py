@@ -68,6 +68,33 @@ def test_sizes_are_the_published_ones(name, num_classes, channels, image_px, par
     assert table.splitlines()[-1].split() == ["total", f"{parameters:,}", f"{multiply_adds:,}"]
 
 
+@pytest.mark.parametrize(("name", "millions"), [("mobilenet_v1", 187), ("mobilenet_v2", 100)])
+def test_strides_of_one_enlarge_the_maps_and_leave_the_weights(name, millions):
+    def build(**strides):
+        network = create_model(name, num_classes=3755, rngs=nnx.Rngs(0), **strides)
+        weights = jax.tree.map(jnp.shape, split_model(network)[1:])
+        return weights, [cost for cost in count_costs(network, 64) if cost.multiply_adds]
+
+    weights, costs = build()
+    *maps, (classes,) = [cost.output for cost in costs]
+    assert classes == 3755
+    for strides, larger in (
+        ({"stem_stride": 1}, lambda side: True),
+        ({"last_stride": 1}, lambda side: side == 2),  # the last maps
+    ):
+        enlarged_weights, enlarged = build(**strides)
+        assert enlarged_weights == weights
+        for cost, before, (side, _, channels) in zip(enlarged[:-1], costs[:-1], maps, strict=True):
+            times = 2 if larger(side) else 1
+            assert cost.output == (times * side, times * side, channels)
+            assert cost.multiply_adds == times**2 * before.multiply_adds
+        assert enlarged[-1].multiply_adds == costs[-1].multiply_adds
+        assert enlarged[-2].output[:2] == (4, 4)
+        if "stem_stride" in strides:
+            total = sum(cost.multiply_adds for cost in enlarged)
+            assert total / 1e6 == pytest.approx(millions, abs=0.5)
+
+
 @pytest.mark.parametrize(("name", "width", "parameters"), [
     ("mobilenet_v1", 0.25, 470_072),
     ("mobilenet_v1", 0.5, 1_331_592),

@@ -120,6 +120,25 @@ def test_bitmaps_come_back_bit_exact_and_in_order(prepared: Path, split: str) ->
         assert identity == sorted(identity)
 
 
+def test_each_aspect_has_arrays_of_its_own(prepared: Path) -> None:
+    def arrays() -> set[Path]:
+        return set(store.dataset_folder("casia_hwdb", prepared).glob("normal_form/*24px*/images*"))
+
+    loaded, files = {}, [arrays()]
+    for aspect in ("keep", "adaptive"):
+        loaded[aspect] = splits.load_split("casia_hwdb", prepared, "test", 24, 2, aspect).images
+        files.append(arrays())
+    assert [len(there) for there in files] == [0, 1, 2]
+    originals = splits.load_bitmaps("casia_hwdb", prepared, "test", range(12))
+    for aspect, images in loaded.items():
+        exact = [canvas.normal_form(original, 24, 2, aspect) for original in originals]
+        np.testing.assert_array_equal(images, exact)
+    assert (loaded["keep"] != loaded["adaptive"]).any()
+    np.testing.assert_array_equal(
+        splits.load_split("casia_hwdb", prepared, "test", 24, 2).images, loaded["keep"]
+    )
+
+
 def test_wrong_requests_for_a_split(prepared: Path) -> None:
     with pytest.raises(InputError, match="it has train, validation, test"):
         splits.load_split("casia_hwdb", prepared, "dev", 32, 2)

@@ -1,5 +1,6 @@
 """The main job in small: it writes what it promises, and a stopped run goes on as if it had not."""
 
+import itertools
 import json
 import math
 import os
@@ -239,6 +240,24 @@ def test_neither_placement_nor_the_ends_of_calls_change_a_bit(finished: Path, tr
     assert [row["step"] for row in means] == [4, 8]
     # Another program, so other rounding, which Adam's first steps (the sign of a gradient) amplify.
     assert means[0]["train/loss"] == pytest.approx(np.mean(every[:4]), rel=1e-3)
+
+
+def test_resumed_run_keeps_its_average_bit_for_bit(train: Train) -> None:
+    flag = "--config.optimizer.average_decay=0.3"
+    unbroken, resumed = train(5, flag, *EVERY_STEP), train(3, flag)
+    train(5, flag, workdir=resumed)
+    for step in (4, 5):
+        assert_same_checkpoint(resumed, unbroken, step)
+    # What is evaluated and handed on is the average; the weights that move on are kept beside it.
+    checkpoints = [saved(unbroken, step) for step in range(1, 6)]
+    names = [name for name in checkpoints[0] if name.startswith("params")]
+    for t, (before, after) in enumerate(itertools.pairwise(checkpoints), start=1):
+        keep = min(0.3, (t + 1) / (t + 10))
+        for name in names:
+            moving = after[f"progress['params']{name.removeprefix('params')}"]
+            exact = keep * before[name].astype(np.float64) + (1 - keep) * moving
+            np.testing.assert_allclose(after[name], exact, atol=1e-6)
+            assert before[name].size == 1 or (after[name] != moving).any()
 
 
 def test_finished_run_is_evaluated_again_without_a_step(finished: Path, train: Train) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
+from scipy.stats import entropy
 
-from hccr_jax.losses import cross_entropy
+from hccr_jax.augment import create_views, make_augment, warp
+from hccr_jax.losses import cross_entropy, distillation
 from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual
 from hccr_jax.models.registry import create_model, split_model
 from hccr_jax.optim import make_optimizer
@@ -18,6 +20,7 @@ from hccr_jax.sharding import DATA_AXIS, replicated
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, create_train_state
 from hccr_jax.train_step import (
     average_statistics,
+    combine_views,
     make_eval_step,
     make_statistics_step,
     make_train_call,
@@ -46,8 +49,8 @@ class SmallNetwork(nnx.Module):
         return self.classifier(x, train, dropout_keys)
 
 
-def make_small_network(dropout_rate: float = 0.0):
-    return split_model(SmallNetwork(dropout_rate, nnx.Rngs(0)))
+def make_small_network(dropout_rate: float = 0.0, seed: int = 0):
+    return split_model(SmallNetwork(dropout_rate, nnx.Rngs(seed)))
 
 
 def mesh_of(count: int) -> Mesh:
@@ -61,10 +64,10 @@ def make_batch(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, NUM_CLASSES, rows).astype(np.int32)
 
 
-def fresh(params, batch_stats, optimizer, mesh: Mesh) -> TrainState:
+def fresh(params, batch_stats, optimizer, mesh: Mesh, averages: bool = False) -> TrainState:
     """A state of its own, for the step gives up the one it gets, placed as the step leaves it."""
     copies = jax.tree.map(jnp.copy, (params, batch_stats))
-    return jax.device_put(create_train_state(*copies, optimizer), replicated(mesh))
+    return jax.device_put(create_train_state(*copies, optimizer, averages), replicated(mesh))
 
 
 def assert_near(ours, expected, atol: float = 1e-5) -> None:
@@ -133,6 +136,20 @@ def test_cross_entropy_bears_huge_logits():
     logits = jnp.array([[1e4, -1e4, 0.0]])
     np.testing.assert_allclose(cross_entropy(logits, jnp.array([0])), [0.0])
     np.testing.assert_allclose(cross_entropy(logits, jnp.array([1])), [2e4])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_distillation_is_the_divergence_of_the_softened_answers(temperature):
+    logits, teacher = 5 * np.random.default_rng(0).normal(size=(2, 6, 10))
+    student_answer, teacher_answer = (softmax(x / temperature, axis=1) for x in (logits, teacher))
+    exact = temperature**2 * entropy(teacher_answer, student_answer, axis=1)
+    logits, teacher = jnp.array(logits, jnp.float32), jnp.array(teacher, jnp.float32)
+    np.testing.assert_allclose(distillation(logits, teacher, temperature), exact, rtol=1e-5)
+    # Section 2.1 of the source: (softmax(z/T) − softmax(v/T)) / T, times T².
+    gradient = jax.grad(lambda x: distillation(x, teacher, temperature).sum())(logits)
+    exact = temperature * (student_answer - teacher_answer)
+    np.testing.assert_allclose(gradient, exact, atol=1e-5 * temperature)
+    np.testing.assert_array_equal(distillation(teacher, teacher, temperature), np.zeros(6))
 
 
 def as_they_are(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -287,6 +304,115 @@ def test_no_convolution_stands_in_the_loop_on_a_cpu(name):
     assert "convolution" not in program
 
 
+AVERAGE_DECAY, TEACHER_WEIGHT, TEMPERATURE = 0.3, 0.7, 2.0
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    """Returns student, teacher, optimizer, and the step with an average, by number of devices."""
+    student, (teach, *teacher) = make_small_network(), make_small_network(seed=1)
+    teacher = jax.tree.map(lambda leaf: 3 * leaf, teacher)  # so that it has firm opinions
+    optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
+    steps = {
+        count: make_train_step(
+            student[0], optimizer, as_they_are, mesh_of(count), seed=0, label_smoothing=0.1,
+            average_decay=AVERAGE_DECAY, teacher=teach, teacher_weight=TEACHER_WEIGHT,
+            teacher_temperature=TEMPERATURE,
+        )
+        for count in (1, 4)
+    }  # fmt: skip
+    return student, (teach, *teacher), optimizer, steps
+
+
+def test_a_step_descends_what_labels_and_teacher_ask_for(lesson):
+    images, labels = make_batch(16)
+    (apply, params, batch_stats), (teach, *teacher), optimizer, steps = lesson
+    inputs = to_float(images)[..., None]
+    logits, pull = jax.vjp(
+        jax.jit(lambda params: apply(params, batch_stats, inputs, True)[0]), params
+    )
+    exact = np.asarray(logits, np.float64)
+    answer = np.asarray(jax.jit(teach)(*teacher, inputs)[0], np.float64)
+    target = 0.9 * np.eye(NUM_CLASSES)[labels] + 0.1 / NUM_CLASSES
+    softened, softened_answer = (softmax(x / TEMPERATURE, axis=1) for x in (exact, answer))
+    away = TEMPERATURE**2 * entropy(softened_answer, softened, axis=1)
+    assert away.mean() > 0.1, "the teacher has something to say"
+    by_label = -(target * log_softmax(exact, axis=1)).sum(1)
+    loss = np.mean((1 - TEACHER_WEIGHT) * by_label + TEACHER_WEIGHT * away)
+    by_logit = (1 - TEACHER_WEIGHT) * (softmax(exact, axis=1) - target)
+    by_logit += TEACHER_WEIGHT * TEMPERATURE * (softened - softened_answer)
+    (gradients,) = pull(jnp.array(by_logit / len(labels), jnp.float32))
+
+    state = fresh(params, batch_stats, optimizer, mesh_of(4), averages=True)
+    state, metrics = steps[4](state, images, labels, tuple(teacher))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], (exact.argmax(1) == labels).mean())
+    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+
+
+def test_the_average_of_the_weights_follows_its_recursion(lesson):
+    images, labels = make_batch(16)
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+    state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    for t in range(6):
+        state, _ = steps[1](state, images, labels, tuple(teacher))
+        keep = min(AVERAGE_DECAY, (t + 1) / (t + 10))  # the latter in the first three steps
+        exact = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, exact, state.params)  # noqa: B023
+        jax.tree.map(
+            lambda ours, exact: np.testing.assert_allclose(ours, exact, atol=1e-6),
+            state.average_params, exact,
+        )  # fmt: skip
+    assert state.eval_params is state.average_params
+    plain = fresh(params, batch_stats, optimizer, mesh_of(1))
+    assert plain.average_params is None
+    assert plain.eval_params is plain.params
+
+
+def test_average_and_teacher_do_not_depend_on_the_number_of_devices(lesson):
+    images, labels = make_batch(16)
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+    ends = []
+    for count, step in steps.items():
+        state = fresh(params, batch_stats, optimizer, mesh_of(count), averages=True)
+        for _ in range(2):
+            state, metrics = step(state, images, labels, tuple(teacher))
+        ends.append((state, metrics))
+    assert_near(*ends)
+
+
+def test_a_teacher_without_weight_changes_no_bit(descent, lesson):
+    images, labels = make_batch(16)
+    (apply, params, batch_stats), optimizer, step = descent
+    _, (teach, *teacher), _, _ = lesson
+    ignoring = make_train_step(
+        apply, optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1, noise_rate=0.2,
+        teacher=teach, teacher_weight=0.0,
+    )  # fmt: skip
+    alone = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
+    state = fresh(params, batch_stats, optimizer, mesh_of(4))
+    jax.tree.map(
+        np.testing.assert_array_equal, ignoring(state, images, labels, tuple(teacher)), alone
+    )
+
+
+def test_a_call_hands_the_teacher_to_each_of_its_steps(lesson):
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+    batches = [make_batch(16, seed) for seed in range(2)]
+    arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
+    call = make_train_call(
+        steps[1], lambda arrays, index: tuple(a[index] for a in arrays), longest=2
+    )
+    state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
+    whole, sums = call(state, np.int32(2), arrays, tuple(teacher))
+    state, losses = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True), []
+    for batch in batches:
+        state, metrics = steps[1](state, *batch, tuple(teacher))
+        losses.append(metrics["loss"])
+    assert_near(whole, state)
+    np.testing.assert_allclose(sums["loss"], np.sum(losses), rtol=1e-5)
+
+
 def test_the_loss_falls_on_a_fixed_batch(descent):
     images, labels = make_batch(16)
     (_, params, batch_stats), optimizer, step = descent
@@ -311,16 +437,22 @@ def test_the_statistics_step_averages_batches_equally():
     assert_near(averages, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *separate))
 
 
+def linear_network(num_classes: int):
+    """Returns a network of one matrix and its weights; answers of it are known to NumPy."""
+    weight = np.random.default_rng(1).normal(size=(IMAGE_PX**2, num_classes)).astype(np.float32)
+
+    def apply(weight, statistics, images, *training):
+        return images.reshape(len(images), -1) @ weight, {}
+
+    return apply, weight
+
+
 @pytest.mark.parametrize("num_classes", [3, 50])
 def test_the_eval_step_ranks_as_numpy_does(num_classes):
     images, labels = make_batch(8)
     labels %= num_classes
-    weight = np.random.default_rng(1).normal(size=(IMAGE_PX**2, num_classes)).astype(np.float32)
-
-    def linear(weight, batch_stats, images):
-        return images.reshape(len(images), -1) @ weight, batch_stats
-
-    losses, classes, probabilities = make_eval_step(linear, mesh_of(4))(weight, {}, images, labels)
+    network, weight = linear_network(num_classes)
+    losses, classes, probabilities = make_eval_step(network, mesh_of(4))(weight, {}, images, labels)
     logs = log_softmax(images.reshape(8, -1) / 255.0 @ weight.astype(np.float64), axis=1)
     best = np.argsort(-logs, axis=1)[:, :5]
     np.testing.assert_array_equal(classes, best)
@@ -329,3 +461,79 @@ def test_the_eval_step_ranks_as_numpy_does(num_classes):
         probabilities, np.exp(np.take_along_axis(logs, best, axis=1)), rtol=1e-4, atol=1e-6
     )
     assert probabilities.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_several_views_count_by_their_weight_and_certainty(devices):
+    images, labels = make_batch(8)
+    network, weight = linear_network(NUM_CLASSES)
+    views = create_views(3, flips=True, upright_prior=0.4)
+    step = make_eval_step(network, mesh_of(devices), views=views)
+    losses, classes, probabilities = step(weight, {}, images, labels)
+    total, shares = 0.0, 0.0
+    for view, view_weight in zip(*views, strict=True):
+        maps = jnp.tile(jnp.array(view)[None], (8, 1, 1))
+        seen = np.asarray(warp(to_float(images), maps, jnp.zeros((8, 2))), np.float64)
+        logs = log_softmax(seen.reshape(8, -1) @ weight.astype(np.float64), axis=1)
+        entropy = -(np.exp(logs) * logs).sum(axis=1, keepdims=True)
+        share = view_weight * (1 - entropy / np.log(NUM_CLASSES))
+        total, shares = total + share * np.exp(logs), shares + share
+    logs = np.log(total / shares)
+    best = np.argsort(-logs, axis=1)[:, :5]
+    np.testing.assert_array_equal(classes, best)
+    np.testing.assert_allclose(losses, -logs[np.arange(8), labels], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities, np.exp(np.take_along_axis(logs, best, axis=1)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_mirrored_views_make_the_answer_blind_to_mirroring():
+    images, labels = make_batch(8)
+    network, weight = linear_network(NUM_CLASSES)
+    step = make_eval_step(network, mesh_of(4), views=create_views(2, flips=True))
+    answer = step(weight, {}, images, labels)
+    for mirrored in (images[:, ::-1], images[:, :, ::-1], images[:, ::-1, ::-1]):
+        assert_near(step(weight, {}, mirrored, labels), answer)
+    turned = step(weight, {}, images.swapaxes(1, 2), labels)
+    assert np.abs(turned[0] - answer[0]).max() > 0.1
+
+
+def test_one_view_is_the_image_alone():
+    images, labels = make_batch(8)
+    network, weight = linear_network(NUM_CLASSES)
+    alone, seen = (
+        make_eval_step(network, mesh_of(4), views=views)(weight, {}, images, labels)
+        for views in (None, create_views(1, flips=False))
+    )
+    assert_near(seen, alone)
+
+
+def test_a_view_that_tells_nothing_takes_no_part():
+    sure, flat = np.array([[4.0, 0.0, 1.0]], np.float32), np.zeros((1, 3), np.float32)
+    combined = combine_views(jnp.array(np.stack([sure, flat])), jnp.array([0.5, 0.5]))
+    np.testing.assert_allclose(combined, log_softmax(sure, axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_unknown_images_are_taught_that_every_class_is_as_likely(devices):
+    images, labels = make_batch(8)
+    network, weight = linear_network(NUM_CLASSES)
+    unknown = np.arange(8) % 3 == 0
+
+    def is_unknown(keys):  # by the place of each key, found again on every device
+        every = row_keys(3, AUGMENT, jnp.int32(0), 8)
+        same = jax.random.key_data(keys)[:, None] == jax.random.key_data(every)[None]
+        return (same.all(axis=-1) & jnp.array(unknown)[None]).any(axis=1)
+
+    optimizer = make_optimizer("sgd", lambda step: 1.0)
+    step = make_train_step(
+        network, optimizer, make_augment(), mesh_of(devices), seed=3, is_unknown=is_unknown
+    )
+    state = create_train_state(jnp.array(weight), {}, optimizer)
+    _, metrics = step(state, images, labels)
+    logits = np.asarray(to_float(images), np.float64).reshape(8, -1) @ weight.astype(np.float64)
+    logs = log_softmax(logits, axis=1)
+    losses = np.where(unknown, -logs.mean(axis=1), -logs[np.arange(8), labels])
+    np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)
+    hits = np.where(unknown, np.exp(logs).max(axis=1) < 0.5, logs.argmax(axis=1) == labels)
+    np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
