@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 def source(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the workdir of a run of 4 steps, validated once, at its end."""
     workdir = tmp_path_factory.mktemp("source")
-    flags = ["--config.num_steps=4", "--config.optimizer.average_decay=0.5"]
+    flags = ["--config.num_steps=4", "--config.optimizer.average_decay=0.3"]
     assert main.main(["main", *tiny_job, *flags, f"--workdir={workdir}"]) == 0
     return workdir
 
