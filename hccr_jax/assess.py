@@ -48,6 +48,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results["seed"] = config.seed
     results["parameters"] = count_parameters(network.params)
     results["multiply_adds"] = network.multiply_adds
+    results["views"] = network.num_views
     results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")
     results |= _evaluate_distorted(config, answer, split, workdir)
     if config.eval.suspects:

@@ -154,6 +154,11 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics.get(BEST_METRIC, -math.inf)
 
 
+def has_steps(folder: Path) -> bool:
+    """Returns whether a folder holds a saved step; it may be missing."""
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def check_classes(saved: Sequence[str], current: Sequence[str], source: str | Path) -> None:
     """Checks that a checkpoint and a data set mean the same characters by the same numbers.
 

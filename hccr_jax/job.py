@@ -67,12 +67,13 @@ class Job:
     initial: TrainState
 
 
-def create_job(config: ConfigDict, timeline: Timeline) -> Job:
+def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) -> Job:
     """Returns everything a training run needs; data sets are put into normal form on first use.
 
     Args:
       config: passed by `config.check`.
       timeline: gets the phases "data" and "network".
+      resumes: the state will come from a checkpoint, so `init_from` is not needed.
 
     Raises:
       InputError: the data or the config's numbers do not fit.
@@ -83,7 +84,7 @@ def create_job(config: ConfigDict, timeline: Timeline) -> Job:
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
-    if config.init_from:
+    if config.init_from and not resumes:
         network = start_from(network, train.classes, load_pretrained(config.init_from, config))
     teacher = None
     if config.teacher.checkpoint:

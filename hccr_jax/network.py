@@ -28,7 +28,8 @@ class Network:
       eval_step: from `train_step.make_eval_step`.
       params, batch_stats: initial, on every device.
       summary: its layers, as a table.
-      multiply_adds: of one image, in all the views of an evaluation.
+      multiply_adds: of one view of one image.
+      num_views: of an image in an evaluation.
     """
 
     mesh: Mesh
@@ -38,6 +39,7 @@ class Network:
     batch_stats: Any
     summary: str
     multiply_adds: int
+    num_views: int
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -67,9 +69,9 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     if config.eval.views > 1 or config.eval.flip_views:
         options = config.eval
         views = create_views(options.views, options.flip_views, options.upright_prior)
-        multiply_adds *= len(views.maps)
     eval_step = make_eval_step(apply, mesh, views=views)
-    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds)
+    num_views = len(views.maps) if views else 1
+    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, num_views)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from hccr_jax import config as config_lib
 from hccr_jax import sharding
 from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.errors import InputError
@@ -37,6 +38,24 @@ class Pretrained:
     source: Path
 
 
+def find_checkpoints(path: str | Path) -> Path:
+    """Returns the folder of a run's checkpoints.
+
+    Args:
+      path: that folder, or the run's.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; give the --workdir of a run, or its folder checkpoints"
+        )
+    return folder
+
+
 def load_pretrained(
     path: str | Path, config: ConfigDict, network: Network | None = None
 ) -> Pretrained:
@@ -51,12 +70,7 @@ def load_pretrained(
     Raises:
       InputError: there is no such folder, or no whole checkpoint in it.
     """
-    folder = Path(path).expanduser()
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder; give the --workdir of a run, or its folder checkpoints"
-        )
+    folder = find_checkpoints(path)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best_step()
         if step is None:
@@ -67,10 +81,11 @@ def load_pretrained(
         about = checkpoints.about(step)
         trained, classes = about["config"], tuple(about["classes"])
         config = config.copy_and_resolve_references()
-        config.model.update(trained["model"])
-        own = trained["data"]
+        # What an older run does not name was as the defaults are.
+        config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
+        own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
         kept = (*NORMAL_FORM, "label_noise")  # with the seed it tells which labels were shuffled
-        config.data.update({key: own[key] for key in kept if key in own})
+        config.data.update({key: own[key] for key in kept})
         config.seed = trained["seed"]
         network = network or create_network(config, len(classes))
         like = {"params": network.params, "eval_batch_stats": network.batch_stats}

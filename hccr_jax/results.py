@@ -41,6 +41,7 @@ SCORES = (
 COSTS = (
     ("parameters", "parameters", "{:,.0f}", 1),
     ("multiply-adds, M", "multiply_adds", "{:,.2f}", 1e6),
+    ("views", "views", "{:,.0f}", 1),
     ("images/s", "images_per_second", "{:,.0f}", 1),
     ("minutes", "training_seconds", "{:,.1f}", 60),
 )

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import plots, sharding
 from hccr_jax.assess import assess
-from hccr_jax.checkpoint import Checkpoints, check_classes
+from hccr_jax.checkpoint import Checkpoints, check_classes, has_steps
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.errors import InputError
@@ -26,7 +26,7 @@ from hccr_jax.evaluate import evaluate
 from hccr_jax.fit import fit_mqdf
 from hccr_jax.job import Job, create_job, load
 from hccr_jax.metrics import MetricsWriter
-from hccr_jax.pretrained import load_pretrained
+from hccr_jax.pretrained import find_checkpoints, load_pretrained
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
@@ -61,8 +61,12 @@ def train_and_evaluate(
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
+    resumes = has_steps(workdir / "checkpoints")
+    for path in (config.teacher.checkpoint, "" if resumes else config.init_from):
+        if path:
+            find_checkpoints(path)
     timeline = timeline or Timeline()
-    job = create_job(config, timeline)
+    job = create_job(config, timeline, resumes)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, workdir / "config.json")
     kept = config.checkpoint.keep_latest, config.checkpoint.keep_best

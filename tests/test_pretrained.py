@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -114,12 +115,16 @@ def test_another_architecture_is_refused(tiny_job: list[str]) -> None:
 def test_a_run_starts_where_another_ended(
     source: Path, tiny_job: list[str], tmp_path: Path
 ) -> None:
+    moved, workdir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(source, moved)
     still = ["--config.num_steps=1", "--config.optimizer.learning_rate=1e-12"]
-    flags = [*tiny_job, *still, f"--config.init_from={source}", f"--workdir={tmp_path}"]
+    flags = [*tiny_job, *still, f"--config.init_from={moved}", f"--workdir={workdir}"]
     assert main.main(["main", *flags]) == 0
-    (before,), (after,) = validated(source), validated(tmp_path)
+    (before,), (after,) = validated(source), validated(workdir)
     assert (after["eval/top1"], after["eval/top5"]) == (before["eval/top1"], before["eval/top5"])
     assert after["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-5)
+    shutil.rmtree(moved)  # the run has its own checkpoint now
+    assert main.main(["main", *flags]) == 0
 
 
 @pytest.mark.parametrize("key", ["init_from", "teacher.checkpoint"])
