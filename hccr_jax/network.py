@@ -39,7 +39,7 @@ class Network:
     batch_stats: Any
     summary: str
     multiply_adds: int
-    num_views: int
+    num_views: int = 1
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
