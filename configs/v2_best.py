@@ -1,4 +1,4 @@
-"""The best recipe found for MobileNetV2 on the real subset of 100 characters.
+"""A longer recipe for MobileNetV2 on the real subset of 100 characters: under development.
 
 python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
 python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR

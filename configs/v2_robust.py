@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     looked at, and the one counts in which the network is sure.
     """
     config = v2_best.get_config()
-    config.num_epochs = 30.0
+    config.num_epochs = 20.0
     config.init_from = "runs/v2_best"
     config.model.dropout_rate = 0.2
     config.loss.mirrored_unknown = True
