@@ -1,7 +1,12 @@
 """A longer recipe for MobileNetV2 on the real subset of 100 characters: under development.
 
-python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
-python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
+
+Measured on 2 cores (AMD EPYC with AVX-512, float32, shared with other work), seed 0, 216 training
+writers: 36 min; validation top-1 96.11 % (24 writers, five views), test top-1 96.53 %, top-5
+99.43 %. Its training accuracy ends at 98 %: it wants another network (`model.stem_stride=1`), not
+more epochs.
 """
 
 from ml_collections import ConfigDict
