@@ -1,7 +1,7 @@
 """Simulated writers of all 3,755 characters: weights for other runs to start from.
 
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
-  python -m hccr_jax.main --config=configs/v2_best.py --config.init_from=runs/strokes ...
+  python -m hccr_jax.main --config=configs/hwdb100.py --config.init_from=runs/strokes ...
 
 Measured on 2 cores (AMD EPYC with AVX-512, float32, shared with other work), seed 0: 30 min, the
 making of the data (10 min) not included; top-1 41.1 % on 4 simulated writers never seen. Started
