@@ -11,19 +11,17 @@ from flax import nnx
 from hccr_jax.config import MODEL_OPTIONS
 from hccr_jax.errors import InputError
 from hccr_jax.models import alexnet
+from hccr_jax.models.blocks import DepthwiseSeparable, InvertedResidual, scaled_channels
 from hccr_jax.models.layers import (
     AveragePool,
     BatchNorm,
     Classifier,
     Conv,
     ConvNorm,
-    DepthwiseSeparable,
-    InvertedResidual,
     MaxPool,
     count_costs,
     he_uniform,
     recording,
-    scaled_channels,
     xavier_uniform,
 )
 from hccr_jax.models.registry import (

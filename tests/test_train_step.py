@@ -13,7 +13,8 @@ from scipy.stats import entropy
 
 from hccr_jax.augment import create_views, make_augment, warp
 from hccr_jax.losses import cross_entropy, distillation
-from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual
+from hccr_jax.models.blocks import InvertedResidual
+from hccr_jax.models.layers import Classifier, ConvNorm
 from hccr_jax.models.registry import create_model, split_model
 from hccr_jax.optim import make_optimizer
 from hccr_jax.sharding import DATA_AXIS, replicated

@@ -15,7 +15,7 @@ from torch import nn
 from hccr_jax.augment import make_augment as make_ours
 from hccr_jax.data.workers import cpu_count
 from hccr_jax.errors import InputError
-from hccr_jax.models.layers import scaled_channels
+from hccr_jax.models.blocks import scaled_channels
 from hccr_jax.models.mobilenet_v1 import BLOCKS
 from hccr_jax.models.mobilenet_v2 import HEAD_CHANNELS, STAGES
 

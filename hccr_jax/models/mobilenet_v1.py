@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.layers import Classifier, ConvNorm, DepthwiseSeparable, scaled_channels
+from hccr_jax.models.blocks import DepthwiseSeparable, scaled_channels
+from hccr_jax.models.layers import Classifier, ConvNorm
 
 # (output channels, stride) of the 13 blocks. Table 1 of the paper misprints three rows (the 128→256
 # layers and the last depthwise stride); this is the network that its authors' code builds.

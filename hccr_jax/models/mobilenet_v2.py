@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.layers import Classifier, ConvNorm, InvertedResidual, scaled_channels
+from hccr_jax.models.blocks import InvertedResidual, scaled_channels
+from hccr_jax.models.layers import Classifier, ConvNorm
 
 # (expansion, output channels, repeats, stride of the first) of each row of Table 3.
 STAGES = (
