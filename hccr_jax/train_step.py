@@ -75,16 +75,13 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
-    label_smoothing: float = 0.0,
-    noise_rate: float = 0.0,
     batch_norm_momentum: float = 0.9997,
     batch_norm_ramp: bool = True,
     accumulation_steps: int = 1,
     average_decay: float = 0.0,
     teacher: Apply | None = None,
-    teacher_weight: float = 0.5,
-    teacher_temperature: float = 1.0,
     is_unknown: IsMirrored | None = None,
+    **loss: float,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
 
@@ -94,18 +91,15 @@ def make_train_step(
       augment: from `augment.make_augment`.
       mesh: from `sharding.create_mesh`.
       seed: of the run; augmentation and dropout are functions of (seed, step, row).
-      label_smoothing, noise_rate: of the loss, see `losses.cross_entropy`.
       batch_norm_momentum, batch_norm_ramp: see `average_statistics`.
       accumulation_steps: M, parts of the batch that are computed one after the other, so that only
         one needs memory at a time; part m is rows m, m + M, m + 2M, … on any number of devices.
         The gradient is that of the whole batch's mean loss, but batch norm sees one part at a time.
       average_decay: of the moving average of the parameters, where the state has one.
       teacher: a trained network whose answers to the same augmented images are learnt as well.
-      teacher_weight: w; the loss is (1 − w) · cross-entropy + w · `losses.distillation`.
-      teacher_temperature: of the distillation.
       is_unknown: tells by the augmentation's keys (B,) which images, bool (B,), are to be taken for
-        no character at all: their target is the same probability for every class, and an answer to
-        them is right where no class gets half of it.
+        no character at all.
+      **loss: numbers that `losses.training_loss` takes.
 
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
@@ -122,34 +116,23 @@ def make_train_step(
             )
             inputs = augment(augment_keys, to_float(images))[..., None]
             share = 1.0 / (lax.axis_size(DATA_AXIS) * accumulation_steps)
-            smoothing: Any = label_smoothing
-            if is_unknown is not None:
-                unknown = is_unknown(augment_keys)
-                smoothing = jnp.where(unknown, 1.0, label_smoothing)
-            if teacher is not None:
-                teacher_logits, _ = teacher(*teacher_variables, inputs)
+            unknown = is_unknown(augment_keys) if is_unknown else None
+            teacher_logits = teacher(*teacher_variables, inputs)[0] if teacher else None
 
             def loss_fn(params):
                 logits, batch_stats = apply(
                     params, state.batch_stats, inputs, True, dropout_keys, DATA_AXIS
                 )
                 # The mean over the whole batch: each part on each device holds its share of it.
-                rows = losses.cross_entropy(logits, labels, smoothing, noise_rate)
-                if teacher is not None:
-                    away = losses.distillation(logits, teacher_logits, teacher_temperature)
-                    weight: Any = teacher_weight
-                    if is_unknown is not None:
-                        weight = jnp.where(unknown, 0.0, teacher_weight)
-                    rows = (1 - weight) * rows + weight * away
+                rows = losses.training_loss(
+                    logits, labels, unknown=unknown, teacher_logits=teacher_logits, **loss
+                )
                 return rows.mean() * share, (logits, batch_stats)
 
             (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params
             )
-            hits = logits.argmax(-1) == labels
-            if is_unknown is not None:
-                hits = jnp.where(unknown, jax.nn.softmax(logits).max(-1) < 0.5, hits)
-            correct = hits.mean(dtype=jnp.float32) * share
+            correct = losses.hits(logits, labels, unknown).mean(dtype=jnp.float32) * share
             statistics = jax.tree.map(lambda leaf: leaf / accumulation_steps, statistics)
             return (gradients, loss, correct), statistics
 
