@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
@@ -78,7 +79,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     Raises:
       InputError: the data or the config's numbers do not fit.
     """
-    data, options = config.data, config.optimizer
+    data = config.data
     train = load_training(config)
     validation, test = (load(config, name) for name in (data.validation_split, data.test_split))
     timeline.lap("data")
@@ -89,20 +90,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     teacher = None
     if config.teacher.checkpoint:
         teacher = _load_teacher(config, train)
-    factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
-    schedule = optim.make_schedule(
-        options.schedule,
-        options.learning_rate * factor,
-        total_steps=steps.total,
-        warmup_steps=steps.warmup,
-        decay_rate=options.decay_rate,
-        decay_steps=steps.decay,
-        staircase=options.staircase,
-        end_learning_rate=options.end_learning_rate * factor,
-    )
-    optimizer = optim.make_optimizer(
-        options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
-    )
+    optimizer, schedule = _create_optimizer(config, steps)
     augment: Augment = make_augment(**augment_options(config))
     is_unknown = None
     if config.loss.mirrored_unknown:
@@ -122,7 +110,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         batch_norm_momentum=config.model.batch_norm_momentum,
         batch_norm_ramp=config.model.batch_norm_ramp,
         accumulation_steps=config.gradient_accumulation_steps,
-        average_decay=options.average_decay,
+        average_decay=config.optimizer.average_decay,
         is_unknown=is_unknown,
         teacher=teacher.apply if teacher else None,
         teacher_weight=config.teacher.weight,
@@ -132,7 +120,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
     state = create_train_state(
-        network.params, network.batch_stats, optimizer, options.average_decay > 0
+        network.params, network.batch_stats, optimizer, config.optimizer.average_decay > 0
     )
     state = jax.device_put(state, sharding.replicated(network.mesh))
     timeline.lap("network")
@@ -153,6 +141,28 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         ),
         initial=state,
     )
+
+
+def _create_optimizer(
+    config: ConfigDict, steps: Steps
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimiser of a config, and its learning rate by step."""
+    options = config.optimizer
+    factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
+    schedule = optim.make_schedule(
+        options.schedule,
+        options.learning_rate * factor,
+        total_steps=steps.total,
+        warmup_steps=steps.warmup,
+        decay_rate=options.decay_rate,
+        decay_steps=steps.decay,
+        staircase=options.staircase,
+        end_learning_rate=options.end_learning_rate * factor,
+    )
+    optimizer = optim.make_optimizer(
+        options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+    return optimizer, schedule
 
 
 def _load_teacher(config: ConfigDict, train: Split) -> Network:
