@@ -11,14 +11,15 @@ and 93.65 % on test instead of 91.5 % and 93.0 %.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import hwdb100
 
 
 def get_config() -> ConfigDict:
     """Returns a short training of MobileNetV2 on 144 simulated writers."""
-    config = default.get_config()
+    config = hwdb100.get_config()
+    config.num_epochs = 0.0
     config.num_steps = 5_500
-    config.batch_size = 128
+    config.model.dropout_rate = 0.0
     config.data.name = "strokes"
     config.data.aspect = "adaptive"
     config.data.strokes.num_train_writers = 160
@@ -27,14 +28,12 @@ def get_config() -> ConfigDict:
     config.augment.zoom = 0.1
     config.augment.shear = 0.1
     config.augment.shift_px = 2.0
+    config.augment.resize_min = 1.0
+    config.augment.resize_max = 1.0
     config.augment.elastic_px = 1.0
     config.augment.stroke_width = 0.5
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule = "cosine"
+    config.augment.erase_prob = 0.0
+    config.loss.label_smoothing = 0.0
     config.optimizer.warmup_epochs = 0.05
-    config.optimizer.end_learning_rate = 1e-5
-    config.optimizer.weight_decay = 0.05
-    config.optimizer.clip_norm = 1.0
     config.eval.every_steps = 5_500
     return config

@@ -31,6 +31,7 @@ from absl import flags
 from flax import nnx
 
 from hccr_jax import cli
+from hccr_jax.bench.tables import to_table
 from hccr_jax.errors import InputError
 from hccr_jax.models.layers import Conv, Cost, DepthwiseConv, recording
 from hccr_jax.models.registry import named_costs
@@ -144,7 +145,7 @@ def main(argv: list[str]) -> int:
         if pairs
         else [_layer_rows(costs)]
     )
-    form = _to_markdown if own.markdown else _to_columns
+    form = to_table if own.markdown else _to_columns
     print("\n\n".join(form(rows) for rows in tables))
     return 0
 
@@ -184,11 +185,6 @@ def _layer_rows(costs: Sequence[tuple[str, Cost]]) -> list[list[str]]:
         output = "×".join(map(str, cost.output))
         rows.append([name, cost.kind, output, *(f"{count:,}" for count in _amount(cost))])
     return [*rows, ["total", "", "", *(f"{count:,}" for count in totals(costs)[0])]]
-
-
-def _to_markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _to_columns(rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,7 @@
 """Wrong labels: a part of the training labels shuffled, with and without the loss that bears them.
 
   python -m hccr_jax.sweep --config=configs/experiments/labels.py --data_dir=DIR \
-    --output=docs/measured/labels.jsonl --render=docs/recipes.md
+    --output=docs/measured/labels.jsonl
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
   python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
   python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
-    --output=docs/measured/recipes.jsonl --render=docs/recipes.md
+    --output=docs/measured/recipes.jsonl
 
 Each experiment changes one thing in `configs/hwdb100.py`. Choose by the validation writers: the
 test split is there to report on.
