@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hccr_jax import plots, report, robustness, suspects
+from hccr_jax import plots, report, robustness, sheets, suspects
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
 from hccr_jax.data.splits import Split
@@ -112,7 +112,7 @@ def _write_results(
 ) -> None:
     replace_text(workdir / "eval.json", json.dumps(results, indent=2) + "\n")
     if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
-        plots.write_mistakes(
+        sheets.write_mistakes(
             workdir,
             split.images,
             split.labels,

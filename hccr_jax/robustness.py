@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hccr_jax import plots
+from hccr_jax import plots, sheets
 from hccr_jax.data import distortions
 from hccr_jax.data.distortions import Source, distorted_images
 from hccr_jax.data.splits import Split
@@ -68,8 +68,8 @@ def evaluate_robustness(
         }
     if jax.process_index() == 0:
         plots.write_robustness(workdir, curves)
-        plots.write_distorted_sheet(workdir, pairs, split.classes)
-        plots.write_failures(workdir, failures, split.classes)
+        sheets.write_distorted_sheet(workdir, pairs, split.classes)
+        sheets.write_failures(workdir, failures, split.classes)
     together = (np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True))
     results["all"] = Evaluation(*together).summary()
     return {"images": results["rotation"]["count"], **results, "curves": curves}
@@ -116,12 +116,12 @@ def _curve(
     }
 
 
-def _failures(images: np.ndarray, answers: Evaluation) -> plots.Failures:
+def _failures(images: np.ndarray, answers: Evaluation) -> sheets.Failures:
     """Returns the surest mistakes."""
     candidates, probabilities, labels = answers.candidates, answers.probabilities, answers.labels
-    wrong = plots.surest_mistakes(labels, candidates[:, 0], probabilities[:, 0])
+    wrong = sheets.surest_mistakes(labels, candidates[:, 0], probabilities[:, 0])
     worst = wrong[:FAILURES_SHOWN]
-    return plots.Failures(
+    return sheets.Failures(
         len(wrong), images[worst], labels[worst], candidates[worst], probabilities[worst]
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hccr_jax import plots
+from hccr_jax import sheets
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluate import Evaluation
 
@@ -39,7 +39,7 @@ def write_suspects(workdir: Path, answers: Evaluation, split: Split, count: int,
     content = {"step": step, "characters": len(split.labels), "suspects": rows}
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (workdir / "suspects.json").write_text(text + "\n", "utf-8")
-    plots.write_suspects(
+    sheets.write_suspects(
         workdir,
         split.images[worst],
         split.labels[worst],

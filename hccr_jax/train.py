@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, sharding
+from hccr_jax import plots, sharding, sheets
 from hccr_jax.assess import assess
 from hccr_jax.checkpoint import Checkpoints, check_classes, has_steps
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
@@ -249,7 +249,7 @@ def _write_augmented_sheet(job: Job, workdir: Path) -> None:
     images, labels = gather(job.train, batch_rows(job.config.seed, 0, count, len(job.train.labels)))
     keys = row_keys(job.config.seed, AUGMENT, jnp.int32(0), count)
     augmented = jax.jit(job.augment)(keys, to_float(jnp.asarray(images)))
-    plots.write_augmented_sheet(workdir, images, np.asarray(augmented), labels, job.train.classes)
+    sheets.write_augmented_sheet(workdir, images, np.asarray(augmented), labels, job.train.classes)
 
 
 def _check_workdir(workdir: Path) -> None:

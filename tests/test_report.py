@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hccr_jax import plots, report
+from hccr_jax import plots, report, sheets
 from hccr_jax.data import charset
 from hccr_jax.errors import InputError
 
@@ -120,12 +120,12 @@ def test_sheets_name_characters_that_no_font_has(tmp_path):
     classes = [*charset.level1()[:7], "\U00020000"]
     labels = np.arange(8)
     warped = np.roll(bars(8), 5, axis=1).astype(np.float32) / 255
-    assert_picture(plots.write_augmented_sheet(tmp_path, bars(8), warped, labels, classes))
+    assert_picture(sheets.write_augmented_sheet(tmp_path, bars(8), warped, labels, classes))
 
     guesses = (labels[:, None] + np.arange(5)) % 8
     guesses[1::2] = guesses[1::2, ::-1]  # every second answer is wrong
     sure = np.tile([0.6, 0.2, 0.1, 0.05, 0.05], (8, 1))
-    plots.write_mistakes(tmp_path, bars(8), labels, guesses, sure, classes)
+    sheets.write_mistakes(tmp_path, bars(8), labels, guesses, sure, classes)
     assert_picture(tmp_path / "plots" / "mistakes.png")
 
 
@@ -133,16 +133,16 @@ def test_a_faultless_model_leaves_no_sheet_of_mistakes(tmp_path):
     labels, sure = np.arange(5), np.full((5, 5), 0.2)
     guesses = (labels[:, None] + np.arange(5)) % 5
     classes = charset.level1()[:5]
-    assert plots.write_mistakes(tmp_path, bars(5), labels, guesses[:, ::-1], sure, classes)
-    assert plots.write_mistakes(tmp_path, bars(5), labels, guesses, sure, classes) is None
+    assert sheets.write_mistakes(tmp_path, bars(5), labels, guesses[:, ::-1], sure, classes)
+    assert sheets.write_mistakes(tmp_path, bars(5), labels, guesses, sure, classes) is None
     assert not (tmp_path / "plots" / "mistakes.png").exists()
 
 
 def test_the_same_run_gives_the_same_picture(tmp_path):
     classes = charset.level1()[:4]
     arguments = (bars(4), bars(4), range(4), classes)
-    first = plots.write_augmented_sheet(tmp_path, *arguments).read_bytes()
-    assert plots.write_augmented_sheet(tmp_path, *arguments).read_bytes() == first
+    first = sheets.write_augmented_sheet(tmp_path, *arguments).read_bytes()
+    assert sheets.write_augmented_sheet(tmp_path, *arguments).read_bytes() == first
 
 
 def test_report_is_one_self_contained_page(tmp_path):
