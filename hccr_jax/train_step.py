@@ -129,12 +129,12 @@ def make_train_step(
                 )
                 return rows.mean() * share, (logits, batch_stats)
 
-            (loss, (logits, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params
-            )
+            (share_of_loss, (logits, statistics)), gradients = jax.value_and_grad(
+                loss_fn, has_aux=True
+            )(state.params)
             correct = losses.hits(logits, labels, unknown).mean(dtype=jnp.float32) * share
             statistics = jax.tree.map(lambda leaf: leaf / accumulation_steps, statistics)
-            return (gradients, loss, correct), statistics
+            return (gradients, share_of_loss, correct), statistics
 
         if accumulation_steps == 1:
             sums = part(0)
@@ -143,8 +143,8 @@ def make_train_step(
             sums = lax.fori_loop(
                 0, accumulation_steps, lambda m, sums: jax.tree.map(jnp.add, sums, part(m)), zeros
             )
-        (gradients, loss, correct), statistics = sums
-        gradients, loss, correct = lax.psum((gradients, loss, correct), DATA_AXIS)
+        (gradients, mean_loss, correct), statistics = sums
+        gradients, mean_loss, correct = lax.psum((gradients, mean_loss, correct), DATA_AXIS)
         averages = average_statistics(
             state.batch_stats, statistics, state.step, batch_norm_momentum, batch_norm_ramp
         )
@@ -152,7 +152,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss,
+            "loss": mean_loss,
             "accuracy": correct,
             "gradient_norm": optax.tree.norm(gradients),
         }
