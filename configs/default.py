@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.name = "mobilenet_v2"
     config.model.width = 1.0
     config.model.stem_stride = 2  # 1: maps of twice the side, four times the arithmetic
-    config.model.last_stride = 2  # 1: the last maps of twice the side
+    config.model.first_stride = 2  # 1: every map but the first of twice the side
     config.model.head_channels = 1280  # of MobileNetV2's last convolution
     config.model.dropout_rate = 0.0
     config.model.batch_norm_epsilon = 1e-3

@@ -46,7 +46,7 @@ _SHARE = Rule(float, 0, 1)
 _COUNT = Rule(int, 1)
 _TINY = 1e-12
 
-_MOBILENET = ("width", "stem_stride", "last_stride", "dropout_rate", "batch_norm_epsilon")
+_MOBILENET = ("width", "stem_stride", "first_stride", "dropout_rate", "batch_norm_epsilon")
 # What each network takes of `config.model`. For one that does not take an option, the config must
 # leave it at its default.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mqdf": ("lda_dims", "eigenvectors", "minor_variance"),
 }
 MODEL_DEFAULTS = {
-    "width": 1.0, "stem_stride": 2, "last_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
+    "width": 1.0, "stem_stride": 2, "first_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
     "batch_norm_epsilon": 1e-3, "lda_dims": 160, "eigenvectors": 50, "minor_variance": 0.65,
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ RULES: dict[str, Rule] = {
     "model.name": Rule(str, words=tuple(MODEL_OPTIONS)),
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
-    "model.last_stride": Rule(int, 1, 2),
+    "model.first_stride": Rule(int, 1, 2),
     "model.head_channels": Rule(int, 8, 65_536),
     "model.dropout_rate": Rule(float, 0, 0.99),
     "model.batch_norm_epsilon": Rule(float, _TINY, 1),

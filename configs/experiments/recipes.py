@@ -47,7 +47,7 @@ NAMES = {
     },
     "Network": {
         "stem_stride_1": "stem of stride 1",
-        "last_stride_1": "last stride 1",
+        "first_stride_1": "first stride 1",
         "width_075": "width 0.75",
         "width_050": "width 0.5",
         "narrow_head": "head of 576 channels",
@@ -112,7 +112,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "adaptive": {"data.aspect": "adaptive"},
     "larger_input": {"data.image_px": 96, "data.margin_px": 6},
     "stem_stride_1": {"model.stem_stride": 1},
-    "last_stride_1": {"model.last_stride": 1},
+    "first_stride_1": {"model.first_stride": 1},
     "width_075": {"model.width": 0.75},
     "width_050": {"model.width": 0.5},
     "narrow_head": {"model.head_channels": 576},

@@ -15,7 +15,7 @@ BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
     (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
 )  # fmt: skip
-LAST_STRIDED = 11
+FIRST_STRIDED = 1
 
 
 class MobileNetV1(nnx.Module):
@@ -26,7 +26,8 @@ class MobileNetV1(nnx.Module):
       channels: of the images.
       width: multiplier of all channel counts.
       stem_stride: of the first convolution; 1 keeps every map at twice the side.
-      last_stride: of the last block that has one; 1 keeps the maps from there on at twice the side.
+      first_stride: of the first block that has one; 1 keeps the maps from there on at twice the
+        side, for less than a stem of stride 1 costs.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
       dtype: of the arithmetic; parameters and logits are float32.
@@ -36,7 +37,7 @@ class MobileNetV1(nnx.Module):
 
     def __init__(
         self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        last_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
+        first_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
         dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
@@ -44,7 +45,7 @@ class MobileNetV1(nnx.Module):
         self.stem = ConvNorm(channels, current, 3, stem_stride, **common)
         blocks = []
         for number, (block_channels, stride) in enumerate(BLOCKS):
-            stride = last_stride if number == LAST_STRIDED else stride
+            stride = first_stride if number == FIRST_STRIDED else stride
             following = scaled_channels(block_channels, width)
             blocks.append(DepthwiseSeparable(current, following, stride, **common))
             current = following

@@ -14,7 +14,7 @@ STAGES = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1),
 )  # fmt: skip
-LAST_STRIDED = 5
+FIRST_STRIDED = 1
 HEAD_CHANNELS = 1280
 
 
@@ -26,7 +26,8 @@ class MobileNetV2(nnx.Module):
       channels: of the images.
       width: multiplier of all channel counts; that of the head is never below 1.
       stem_stride: of the first convolution; 1 keeps every map at twice the side.
-      last_stride: of the last stage that has one; 1 keeps the maps from there on at twice the side.
+      first_stride: of the first stage that has one; 1 keeps the maps from there on at twice the
+        side, for less than a stem of stride 1 costs.
       head_channels: of the 1×1 convolution before the average.
       dropout_rate: before the classifier.
       batch_norm_epsilon: added to the variances.
@@ -38,19 +39,20 @@ class MobileNetV2(nnx.Module):
 
     def __init__(
         self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        last_stride: int = 2, head_channels: int = HEAD_CHANNELS, dropout_rate: float = 0.0,
+        first_stride: int = 2, head_channels: int = HEAD_CHANNELS, dropout_rate: float = 0.0,
         batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
         self.stem = ConvNorm(channels, current, 3, stem_stride, **common)
         blocks = []
-        for number, (expansion, stage_channels, repeats, first_stride) in enumerate(STAGES):
+        for number, (expansion, stage_channels, repeats, stride) in enumerate(STAGES):
             following = scaled_channels(stage_channels, width)
-            for index in range(repeats):
-                stride = first_stride if index == 0 else 1
-                stride = last_stride if (number, index) == (LAST_STRIDED, 0) else stride
-                blocks.append(InvertedResidual(current, following, stride, expansion, **common))
+            stride = first_stride if number == FIRST_STRIDED else stride
+            for block_stride in (stride, *[1] * (repeats - 1)):
+                blocks.append(
+                    InvertedResidual(current, following, block_stride, expansion, **common)
+                )
                 current = following
         self.blocks = nnx.List(blocks)
         head = scaled_channels(head_channels, max(1.0, width))
