@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     # The training split is read ahead on the host ("stream") or lies in the memory of every device
     # ("device"); the batches are the same. "auto": on accelerators where it takes at most half.
     config.data.placement = "auto"
-    config.data.train_split = "train"
+    config.data.train_split = "train"  # "train+validation": all writers, once all is chosen
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
     config.data.test_split = "test"  # to report on, once
     # This share of the training labels, at random, is made wrong, to measure what that costs.

@@ -43,7 +43,8 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
 
     answers = answer(split)
     results = {"step": pretrained.step, "split": config.data.test_split, **answers.summary()}
-    if pretrained.validation:
+    learnt = config.data.train_split.split("+")
+    if pretrained.validation and config.data.validation_split not in learnt:
         results["validation_top1"] = pretrained.validation["top1"]
     results["seed"] = config.seed
     results["parameters"] = count_parameters(network.params)

@@ -139,11 +139,9 @@ def _run_all(values: flags.FlagValues, experiments: Sequence[Experiment]) -> int
         }  # fmt: skip
         row = results.create_row(folder, about)
         results.write_row(output, row, order)
-        scores = row["eval"]
-        print(
-            f"{label}: validation {scores['validation_top1']:.2%}, test {scores['top1']:.2%}",
-            flush=True,
-        )
+        scores = {"validation": "validation_top1", "test": "top1"}
+        said = [f"{k} {row['eval'][v]:.2%}" for k, v in scores.items() if v in row["eval"]]
+        print(f"{label}: {', '.join(said)}", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
