@@ -1,5 +1,7 @@
 """Wrong labels: a part of the training labels shuffled, with and without the loss that bears them.
 
+  python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_hwdb100 \
+    --config.model.width=1.0 --config.model.stem_stride=2
   python -m hccr_jax.sweep --config=configs/experiments/labels.py --data_dir=DIR \
     --output=docs/measured/labels.jsonl
 """
@@ -26,7 +28,7 @@ def get_config(name: str) -> ConfigDict:
     config = hwdb100.get_config()
     config.num_epochs = EPOCHS
     config.data.aspect = "adaptive"
-    config.init_from = "runs/strokes"
+    config.init_from = "runs/strokes_hwdb100"
     config.data.label_noise = 0.0 if name.startswith("clean") else int(name[6:8]) / 100
     config.loss.noise_rate = NOISE_RATE if name.endswith("_borne") else 0.0
     config.eval.suspects = 100

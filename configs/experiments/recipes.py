@@ -1,11 +1,12 @@
 """What each part of a recipe is worth on the real subset of 100 characters: short runs.
 
-  python -m hccr_jax.main --config=configs/strokes.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_half \
+    --config.model.width=0.5 --config.model.stem_stride=2
   python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
     --output=docs/measured/recipes.jsonl
 
-Each experiment changes one thing in `configs/hwdb100.py`. Choose by the validation writers: the
-test split is there to report on.
+Each experiment changes one thing in `configs/hwdb100.py` at half its width and epochs. Choose by
+the validation writers: the test split is there to report on.
 """
 
 from typing import Any
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 
 from configs import hwdb100
 
-EPOCHS = 5.0
+EPOCHS = 8.0
+WIDTH = 0.5
 
 NAMES = {
     "baseline": "baseline: AdamW, cosine, mild geometry, erasing, label smoothing",
@@ -48,8 +50,8 @@ NAMES = {
     "Network": {
         "stem_stride_1": "stem of stride 1",
         "first_stride_1": "first stride 1",
-        "width_075": "width 0.75",
-        "width_050": "width 0.5",
+        "width_100": "width 1",
+        "width_035": "width 0.35",
         "narrow_head": "head of 576 channels",
         "wide_head": "head of 2,048 channels",
         "v1": "MobileNet V1",
@@ -113,13 +115,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "larger_input": {"data.image_px": 96, "data.margin_px": 6},
     "stem_stride_1": {"model.stem_stride": 1},
     "first_stride_1": {"model.first_stride": 1},
-    "width_075": {"model.width": 0.75},
-    "width_050": {"model.width": 0.5},
+    "width_100": {"model.width": 1.0},
+    "width_035": {"model.width": 0.35},
     "narrow_head": {"model.head_channels": 576},
     "wide_head": {"model.head_channels": 2048},
     "v1": {"model.name": "mobilenet_v1"},
-    "strokes": {"init_from": "runs/strokes"},
-    "strokes_adaptive": {"init_from": "runs/strokes", "data.aspect": "adaptive"},
+    "strokes": {"init_from": "runs/strokes_half"},
+    "strokes_adaptive": {"init_from": "runs/strokes_half", "data.aspect": "adaptive"},
     "mix": {
         "data.mix_strokes": True,
         "data.strokes.num_train_writers": 160,
@@ -133,5 +135,6 @@ def get_config(name: str) -> ConfigDict:
     """Returns the config of an experiment."""
     config = hwdb100.get_config()
     config.num_epochs = EPOCHS
+    config.model.width = WIDTH
     config.update_from_flattened_dict(_CHANGES[name])
     return config
