@@ -81,6 +81,11 @@ def load_pretrained(
         about = checkpoints.about(step)
         trained, classes = about["config"], tuple(about["classes"])
         config = config.copy_and_resolve_references()
+        if unknown := sorted(trained["model"].keys() - config.model.keys()):
+            raise InputError(
+                f"{folder / str(step)}: written by another version of hccr_jax, whose networks have "
+                f"the option {unknown[0]}"
+            )
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
         own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]

@@ -65,6 +65,16 @@ def test_a_folder_without_a_run_is_told(tiny_job: list[str], tmp_path: Path) -> 
         load_pretrained(tmp_path, config)
 
 
+def test_a_run_of_a_version_with_other_networks_is_told(
+    source: Path, tiny_job: list[str], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    about = copy / "checkpoints/4/about/metadata"
+    about.write_text(about.read_text("utf-8").replace('"width"', '"girth"'), "utf-8")
+    with pytest.raises(InputError, match=r"copy/checkpoints/4: written by another .* option girth"):
+        load_pretrained(copy, parse(tiny_job))
+
+
 def network_of(channels: int, num_classes: int, seed: int) -> Network:
     """Returns a network of a few weights."""
     rng = np.random.default_rng(seed)
