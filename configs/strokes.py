@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     """Returns a short training of MobileNetV2 on 144 simulated writers."""
     config = hwdb100.get_config()
     config.num_epochs = 0.0
-    config.num_steps = 5_500
+    config.num_steps = 5_300
+    config.model.stem_stride = 1
+    config.model.width = 0.75
     config.model.dropout_rate = 0.0
     config.data.name = "strokes"
     config.data.aspect = "adaptive"
@@ -35,5 +37,5 @@ def get_config() -> ConfigDict:
     config.augment.erase_prob = 0.0
     config.loss.label_smoothing = 0.0
     config.optimizer.warmup_epochs = 0.05
-    config.eval.every_steps = 5_500
+    config.eval.every_steps = 5_300
     return config

@@ -15,12 +15,15 @@ from configs import hwdb100
 
 
 def get_config() -> ConfigDict:
-    """Returns a long training at a high resolution, with a wide and elastic geometry."""
+    """Returns a training at a high resolution, with a wide and elastic geometry."""
     config = hwdb100.get_config()
-    config.num_epochs = 26.0
+    config.num_epochs = 18.0
+    config.init_from = "runs/strokes"
     config.model.stem_stride = 1
-    config.model.width = 0.5
+    config.model.width = 0.75
+    config.model.dropout_rate = 0.3
     config.data.aspect = "adaptive"
+    config.data.train_split = "train+validation"  # chosen on "train" alone
     config.augment.rotate_deg = 15.0
     config.augment.shear = 0.25
     config.augment.resize_min = 0.8
@@ -29,4 +32,5 @@ def get_config() -> ConfigDict:
     config.augment.stroke_width = 0.5
     config.optimizer.average_decay = 0.998
     config.eval.views = 5
+    config.eval.every_steps = 1_000
     return config
