@@ -83,8 +83,8 @@ def load_pretrained(
         config = config.copy_and_resolve_references()
         if unknown := sorted(trained["model"].keys() - config.model.keys()):
             raise InputError(
-                f"{folder / str(step)}: written by another version of hccr_jax, whose networks have "
-                f"the option {unknown[0]}"
+                f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
+                f"have the option {unknown[0]}"
             )
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])

@@ -184,7 +184,8 @@ def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:
 def test_a_validation_score_on_writers_that_were_learnt_is_not_reported(train: Train) -> None:
     workdir = train(1, "--config.data.train_split=train+validation")
     results = json.loads((workdir / "eval.json").read_text())
-    assert "top1" in results and "validation_top1" not in results
+    assert "top1" in results
+    assert "validation_top1" not in results
 
 
 def test_evaluation_is_that_of_one_image_at_a_time(finished: Path, tiny_job: list[str]) -> None:
