@@ -1,6 +1,6 @@
 """The recipe of `configs/v2_best.py` for MobileNetV1: under development, not yet measured.
 
-  python -m hccr_jax.main --config=configs/v1_best.py --config.data.data_dir=DIR
+python -m hccr_jax.main --config=configs/v1_best.py --config.data.data_dir=DIR
 """
 
 from ml_collections import ConfigDict
