@@ -176,6 +176,7 @@ def _plot_evaluation(axes: Axes, key: str, steps: np.ndarray, values: np.ndarray
 
 
 def save(figure: Figure, workdir: str | Path, name: str) -> Path:
+    """Writes a figure to plots/NAME.png in a workdir and returns the file's path."""
     path = Path(workdir) / "plots" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the library's version the same run gives the same bytes.

@@ -63,8 +63,8 @@ def load_pretrained(
 
     Args:
       path: folder of a run, or its folder checkpoints.
-      config: how to use it; the network, the images' normal form and which labels were shuffled
-        are the run's own.
+      config: how to use it; the network, the images' normal form, the training split and which of
+        its labels were shuffled are the run's own.
       network: of that run, where it is at hand, compiled.
 
     Raises:
@@ -89,7 +89,8 @@ def load_pretrained(
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
         own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
-        kept = (*NORMAL_FORM, "label_noise")  # with the seed it tells which labels were shuffled
+        # The seed tells which labels were shuffled.
+        kept = (*NORMAL_FORM, "label_noise", "train_split")
         config.data.update({key: own[key] for key in kept})
         config.seed = trained["seed"]
         network = network or create_network(config, len(classes))

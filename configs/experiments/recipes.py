@@ -1,5 +1,6 @@
 """What each part of a recipe is worth on the real subset of 100 characters: short runs.
 
+  python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_half \
     --config.model.width=0.5 --config.model.stem_stride=2
   python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
@@ -32,7 +33,7 @@ NAMES = {
     "Loss": {
         "no_smoothing": "no label smoothing",
         "noise_rate": "loss that bears wrong labels, noise rate 0.5",
-        "teacher": "distillation from v2_best",
+        "teacher": "distillation from hwdb100 in full",
         "no_dropout": "no dropout",
     },
     "Augmentation": {
@@ -82,7 +83,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "average": {"optimizer.average_decay": 0.998},
     "no_smoothing": {"loss.label_smoothing": 0.0},
     "noise_rate": {"loss.noise_rate": 0.5},
-    "teacher": {"teacher.checkpoint": "runs/v2_best", "data.aspect": "adaptive"},
+    "teacher": {"teacher.checkpoint": "runs/hwdb100"},  # it has not seen the validation writers
     "no_dropout": {"model.dropout_rate": 0.0},
     "no_augmentation": {
         "augment.rotate_deg": 0.0,
