@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import plots, sharding, sheets
 from hccr_jax.assess import assess
-from hccr_jax.checkpoint import Checkpoints, check_classes, has_steps
+from hccr_jax.checkpoint import Checkpoints, check_classes, find_steps
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
 from hccr_jax.errors import InputError
@@ -61,7 +61,7 @@ def train_and_evaluate(
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
-    resumes = has_steps(workdir / "checkpoints")
+    resumes = _can_resume(workdir / "checkpoints")
     for path in (config.teacher.checkpoint, "" if resumes else config.init_from):
         if path:
             find_checkpoints(path)
@@ -250,6 +250,14 @@ def _write_augmented_sheet(job: Job, workdir: Path) -> None:
     keys = row_keys(job.config.seed, AUGMENT, jnp.int32(0), count)
     augmented = jax.jit(job.augment)(keys, to_float(jnp.asarray(images)))
     sheets.write_augmented_sheet(workdir, images, np.asarray(augmented), labels, job.train.classes)
+
+
+def _can_resume(folder: Path) -> bool:
+    """Returns whether a folder, which may be missing, holds a step to go on from."""
+    if not find_steps(folder):
+        return False
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.latest_step() is not None
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -1,6 +1,9 @@
 """Checkpoints on real folders: what goes in comes out, what must stay stays."""
 
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from hccr_jax import optim, sharding
 from hccr_jax.checkpoint import Checkpoints, check_classes
 from hccr_jax.errors import InputError
+from hccr_jax.manifest import find_damage
 
 ABOUT = {"classes": ["啊", "阿"], "config": {"batch_size": 8, "model": {"name": "mobilenet_v1"}}}
 
@@ -176,14 +180,105 @@ def test_other_arrays_are_refused(tmp_path: Path) -> None:
             assert len(text) < len(str(tmp_path)) + 300
 
 
-def test_a_damaged_step_is_named(tmp_path: Path) -> None:
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "deleted": lambda data: None,
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "one bit flipped": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "appended": lambda data: data + b"\n",
+    "zeroed": lambda data: bytes(len(data)),
+}
+
+
+def replace(path: Path, data: bytes | None) -> None:
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+def test_damage_to_any_file_is_found(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        checkpoints.save(1, some_items(), ABOUT, {"top1": 0.5})
+    step = tmp_path / "1"
+    assert find_damage(step) is None
+    files = [path for path in step.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        data = path.read_bytes()
+        for kind, change in DAMAGE.items():
+            replace(path, change(data))
+            found = find_damage(step)
+            assert found, f"{path.relative_to(step)} {kind}"
+            if path.name != "manifest.json":
+                assert found.startswith(f"{path.relative_to(step)}: "), kind
+            path.write_bytes(data)
+    rng = np.random.default_rng(0)
+    sizes = np.array([path.stat().st_size for path in files])
+    for _ in range(1000):
+        path = files[rng.choice(len(files), p=sizes / sizes.sum())]
+        data = path.read_bytes()
+        flipped = np.frombuffer(data, np.uint8).copy()
+        place = rng.integers(len(data))
+        flipped[place] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped.tobytes())
+        assert find_damage(step), f"bit in byte {place} of {path.relative_to(step)}"
+        path.write_bytes(data)
+    assert find_damage(step) is None
+
+
+@pytest.mark.parametrize("name", ["about/metadata", "params/_METADATA", "manifest.json"])
+def test_a_damaged_step_is_named_and_passed_over(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, [0.5, 0.6, 0.4], latest=3, best=1)
+    for step in (2, 3):
+        path = tmp_path / str(step) / name
+        path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (1, 1)
+        assert checkpoints.about(1) == ABOUT
+    said = capfd.readouterr().err
+    for step in (2, 3):
+        assert f"{tmp_path / str(step)}: damaged ({name}: " in said
+    assert steps_on_disk(tmp_path) == [1, 2, 3], "who reads changes nothing"
+    save(tmp_path, [0.7], latest=3, best=1)  # step 2 anew: the damaged ones are out of the way
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+    assert (tmp_path / "3.damaged" / name).exists()
+
+
+def test_a_step_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
     save(tmp_path, [0.5, 0.6], latest=2, best=1)
-    (tmp_path / "2" / "about" / "metadata").unlink()
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(InputError, match=f"{tmp_path}/2: not a checkpoint, or damaged"),
-    ):
-        checkpoints.about(2)
+    (tmp_path / "2" / "manifest.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+    save(tmp_path, [0.7], latest=2, best=1)
+    assert steps_on_disk(tmp_path) == [1, 2]
+
+
+def test_a_failed_save_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    size = 1 << 20
+    code = f"""
+import resource, sys
+import jax.numpy as jnp
+from hccr_jax.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1], keep_latest=2) as checkpoints:
+    checkpoints.save(1, {{"params": {{"w": jnp.zeros(9)}}}}, {{}}, None)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+    try:
+        checkpoints.save(2, {{"params": {{"w": jnp.arange(4.0 * {size})}}}}, {{}}, None)
+        checkpoints.wait()
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"{tmp_path / '2'}: could not be saved: "), done.stdout
+    assert done.stdout.count("\n") == 1
+    assert steps_on_disk(tmp_path) == [1]
 
 
 @pytest.mark.parametrize(
