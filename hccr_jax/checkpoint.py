@@ -61,7 +61,7 @@ class Checkpoints:
         """Starts saving a step; returns once the arrays are copied.
 
         Args:
-          step: not saved before.
+          step: one that is there already is replaced.
           items: pytrees of arrays by name; empty ones are left out, since Orbax refuses them.
           about: JSON object.
           metrics: of the validation, with "top1"; None where there was none at this step.
@@ -78,7 +78,8 @@ class Checkpoints:
         arguments["about"] = ocp.args.JsonSave(about)
         arguments["metrics"] = ocp.args.JsonSave(metrics or {})
         try:
-            self._checkpointer.save(self.folder / str(step), ocp.args.Composite(**arguments))
+            path, whole = self.folder / str(step), ocp.args.Composite(**arguments)
+            self._checkpointer.save(path, whole, force=True)
         except Exception as error:
             raise self._failure(step, error) from error
         self._saving = step, self._finisher.submit(self._finish, step)

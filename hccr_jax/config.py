@@ -177,6 +177,10 @@ class Steps:
     decay: int
     eval_every: int
 
+    def evaluates(self, step: int) -> bool:
+        """Returns whether the network is evaluated after so many steps."""
+        return step % self.eval_every == 0 or step == self.total
+
 
 def flatten(config: ConfigDict) -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of every leaf of a config."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from hccr_jax import sharding
 from hccr_jax.data.input_pipeline import gather, process_rows
 from hccr_jax.data.splits import Split
+from hccr_jax.signals import Stopped
 
 BATCHES_AHEAD = 3  # in the devices' memory, waiting
 
@@ -50,6 +51,7 @@ def evaluate(
     split: Split,
     batch_size: int,
     mesh: Mesh,
+    leaves: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Returns the network's answers to every record of a split, each counted once.
 
@@ -59,6 +61,10 @@ def evaluate(
       split: from `splits.load_split`.
       batch_size: over all devices; a last incomplete batch is filled up and the filling dropped.
       mesh: from `sharding.create_mesh`.
+      leaves: asked between batches; the same in all processes.
+
+    Raises:
+      Stopped: `leaves` said so.
     """
     count, mine = len(split.labels), process_rows(batch_size)
     parts: list[Any] = []
@@ -66,6 +72,8 @@ def evaluate(
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         batch = sharding.put_batch(gather(split, rows[mine]), mesh)
         parts.append(eval_step(params, batch_stats, *batch))
+        if leaves():
+            raise Stopped
         if len(parts) > BATCHES_AHEAD:  # not sooner: reading is to go on while devices compute
             jax.block_until_ready(parts[-1 - BATCHES_AHEAD])
     whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))

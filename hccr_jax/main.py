@@ -8,8 +8,9 @@ Examples:
   python -m hccr_jax.main --config=configs/v2.py --mode=eval --checkpoint=runs/v2/checkpoints
   python -m hccr_jax.main --config=configs/experiments/paper.py:baseline
 
-A workdir that holds a checkpoint is resumed. Exit codes: 0 done, 1 the work failed, 2 the request
-or its input was wrong, 143 stopped by SIGTERM after saving.
+A workdir that holds a checkpoint is resumed. SIGTERM and Ctrl-C save the current step and end the
+run; a second one ends it at once. Exit codes: 0 done, 1 the work failed, 2 the request or its input
+was wrong, 143 stopped by a signal.
 """
 # ruff: noqa: E402
 
@@ -23,7 +24,7 @@ timeline = Timeline()  # the other imports take time: the clock starts before th
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hccr_jax import cli
+from hccr_jax import cli, signals
 from hccr_jax.errors import InputError
 
 
@@ -83,16 +84,14 @@ def main(argv: list[str]) -> int:
             train.train_and_evaluate(config, workdir, timeline)
     except InputError as error:
         return cli.report_error(error)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
 
 
 if __name__ == "__main__":
+    signals.install()
     sys.exit(main(sys.argv))

@@ -1,8 +1,10 @@
 """The device mesh: the only place that knows how work is laid out over devices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -38,6 +40,17 @@ def put_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
       axis: the axis of the rows.
     """
     return _put(batch, split_rows(mesh, axis))
+
+
+def make_any_process(asked: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
+    """Returns a function that tells whether `asked` is true in any process.
+
+    With several processes all must call it, in step; it waits for what the devices do.
+    """
+    if jax.process_count() == 1:
+        return asked
+    reduce = jax.jit(jnp.any, out_shardings=replicated(mesh))
+    return lambda: bool(reduce(put_batch(np.full(jax.local_device_count(), asked()), mesh)))
 
 
 def _put(values: Any, sharding: NamedSharding) -> Any:

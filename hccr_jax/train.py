@@ -1,10 +1,10 @@
 """The main job: train or fit, evaluate and save."""
 
-import contextlib
 import dataclasses
+import functools
 import itertools
 import os
-import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, sharding, sheets
+from hccr_jax import plots, sharding, sheets, signals
 from hccr_jax.assess import assess
 from hccr_jax.checkpoint import Checkpoints, check_classes, find_steps
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
@@ -31,7 +31,6 @@ from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import row_keys, to_float
 
-SIGTERM_EXIT = 143
 SHEET_IMAGES = 24
 
 
@@ -55,7 +54,8 @@ def train_and_evaluate(
     Raises:
       InputError: the config, the data or the checkpoint does not fit.
       FloatingPointError: the loss is no longer finite; nothing is saved from then on.
-      SystemExit: with code 143, stopped by SIGTERM after saving.
+      OSError: a checkpoint could not be saved.
+      SystemExit: with code 143, stopped by a signal after saving.
     """
     _check_workdir(workdir)  # first what needs no data: their normal form takes minutes
     config_lib.check_devices(config, jax.device_count())
@@ -105,22 +105,23 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     config, steps = job.config, job.steps
     state = _restore(job, checkpoints)
     step = int(state.step)
-    if step >= steps.total:
+    # A run that was to end while it evaluated has saved its step without the scores.
+    owes_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
+    if step >= steps.total and not owes_scores:
         return
     (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
-    every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
-    lengths = list(call_lengths(step, steps.total, job.feed.longest, every))
-    calls = job.feed.calls(step, lengths)
-    head = next(calls)
-    timeline.lap("first batch")
-    train_call = _compile(job, state, head)
-    timeline.lap("compile")
+    calls, train_call = _prepare(job, state, timeline)
     pending: list[dict[str, jax.Array]] = []
-    with MetricsWriter(workdir, step, steps.total) as writer, _sigterm() as stopped:
-        logged, clock = step, time.monotonic()
-        for call in itertools.chain([head], calls):
+    with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as asked:
+        leaves = sharding.make_any_process(asked, job.network.mesh)
+        keep = functools.partial(_keep, job, workdir, checkpoints, writer, leaves)
+        if owes_scores and not keep(step, state, True):
+            sys.exit(signals.EXIT_CODE)
+        logged, clock, is_first = step, time.monotonic(), True
+        for call in calls:
             state, sums = train_call(state, np.int32(call.num_steps), call.arrays, *job.teachers)
-            if call is head:
+            if is_first:
+                is_first = False
                 jax.block_until_ready(sums)
                 timeline.lap("first call")
                 print(timeline)
@@ -129,8 +130,9 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 clock += time.monotonic() - start  # no part of the images a second
             step += call.num_steps
             pending.append(sums)
-            leaving = stopped()  # asked once: between saving and leaving no step may be lost
-            evaluates = step % steps.eval_every == 0 or step == steps.total
+            checkpoints.check()
+            leaving = leaves()  # asked once: between saving and leaving no step may be lost
+            evaluates = steps.evaluates(step)
             saves = evaluates or leaving or step % config.checkpoint.every_steps == 0
             if saves or step % config.log_every_steps == 0:
                 row = _mean(pending, step - logged)  # the host waits for the devices only here
@@ -141,17 +143,49 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 pending, logged, clock = [], step, now
                 writer.write(step, row)  # refuses a loss that is not finite, before it is saved
             if saves:
-                scores, statistics = None, state.batch_stats
-                if evaluates:
-                    statistics = _fresh_statistics(job, state)
-                    scores = _validate(job, state, statistics)
-                    row = {f"eval/{name}": score for name, score in scores.items()}
-                    writer.write(step, row | {"eval/seconds": time.monotonic() - now})
-                checkpoints.save(step, _items(state, statistics), _about(job), scores)
-                plots.write_curves(workdir)
+                if not keep(step, state, evaluates and not leaving) or leaving:
+                    sys.exit(signals.EXIT_CODE)
                 clock = time.monotonic()
-            if leaving and step < steps.total:
-                raise SystemExit(SIGTERM_EXIT)
+        checkpoints.wait()
+
+
+def _keep(
+    job: Job, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
+    leaves: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
+) -> bool:  # fmt: skip
+    """Saves a step, evaluated first where asked for; returns whether the run is to go on."""
+    start, scores, statistics = time.monotonic(), None, state.batch_stats
+    stays = True
+    if evaluates:
+        try:
+            statistics = _fresh_statistics(job, state)
+            scores = _validate(job, state, statistics, leaves)
+            row = {f"eval/{name}": score for name, score in scores.items()}
+            writer.write(step, row | {"eval/seconds": time.monotonic() - start})
+        except signals.Stopped:
+            stays, statistics = False, state.batch_stats
+    checkpoints.save(step, _items(state, statistics), _about(job), scores)
+    plots.write_curves(workdir)
+    if not stays:
+        checkpoints.wait()
+    return stays
+
+
+def _prepare(
+    job: Job, state: TrainState, timeline: Timeline
+) -> tuple[Iterator[Call], Callable[..., Any]]:
+    """Returns the calls that are left, and the compiled training program."""
+    config, steps = job.config, job.steps
+    every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
+    lengths = list(call_lengths(int(state.step), steps.total, job.feed.longest, every))
+    if not lengths:
+        return iter(()), job.train_call
+    calls = job.feed.calls(int(state.step), lengths)
+    head = next(calls)
+    timeline.lap("first batch")
+    train_call = _compile(job, state, head)
+    timeline.lap("compile")
+    return itertools.chain([head], calls), train_call
 
 
 def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
@@ -234,10 +268,12 @@ def _fresh_statistics(job: Job, state: TrainState) -> Any:
     return averages
 
 
-def _validate(job: Job, state: TrainState, statistics: Any) -> dict[str, float]:
+def _validate(
+    job: Job, state: TrainState, statistics: Any, leaves: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     size, network = job.config.eval.batch_size, job.network
     answers = evaluate(
-        network.eval_step, state.eval_params, statistics, job.validation, size, network.mesh
+        network.eval_step, state.eval_params, statistics, job.validation, size, network.mesh, leaves
     )
     scores = answers.summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
@@ -273,14 +309,3 @@ def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
     """Returns the mean of each metric over some steps, from the sums of their calls."""
     rows = jax.device_get(sums)
     return {f"train/{k}": sum(float(row[k]) for row in rows) / num_steps for k in rows[0]}
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM has come since."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)
