@@ -22,6 +22,15 @@ def get_config() -> ConfigDict:
     config.gradient_accumulation_steps = 1
     config.steps_per_call = 0  # steps in one compiled call; 0: 1 on a CPU, 50 on accelerators
     config.log_every_steps = 50
+    # A step that takes longer is taken for stuck, and ends the run with the stacks of all threads;
+    # compiling, an evaluation and a save may take ten times as long. 0: no watch.
+    config.watchdog_seconds = 300.0
+    # Leaves a batch out whose loss or gradient is not finite, instead of ending the run.
+    config.skip_non_finite = False
+    # The same bits on any number of devices that divides 8: the batch goes through in 8 parts, each
+    # with batch-norm statistics of its own.
+    config.strict_determinism = False
+    config.reduce_dtype = "float32"  # or "bfloat16": in which devices add up gradients
 
     config.model = ConfigDict()
     config.model.name = "mobilenet_v2"
@@ -30,6 +39,7 @@ def get_config() -> ConfigDict:
     config.model.first_stride = 2  # 1: every map but the first of twice the side
     config.model.head_channels = 1280  # of MobileNetV2's last convolution
     config.model.dropout_rate = 0.0
+    config.model.batch_norm = "global"  # or "local": statistics of each device's rows alone
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
     config.model.batch_norm_ramp = True  # the averages forget their start; False: momentum alone

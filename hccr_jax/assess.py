@@ -5,11 +5,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hccr_jax import plots, report, robustness, sheets, suspects
+from hccr_jax import plots, processes, report, robustness, sheets, suspects
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
 from hccr_jax.data.splits import Split
@@ -54,7 +53,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results |= _evaluate_distorted(config, answer, split, workdir)
     if config.eval.suspects:
         results |= _find_suspects(config, answer, workdir, pretrained.step)
-    if jax.process_index() == 0:
+    if processes.is_first():
         _write_results(workdir, results, answers, split)
     return results
 
@@ -81,7 +80,7 @@ def _find_suspects(
     """Writes the most suspicious training characters; tells how well shuffled labels are found."""
     train = load_training(config)
     answers = answer(train)
-    if jax.process_index() == 0:
+    if processes.is_first():
         suspects.write_suspects(workdir, answers, train, config.eval.suspects, step)
     if config.data.label_noise == 0.0:
         return {}

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from hccr_jax import manifest
+from hccr_jax import manifest, processes
 from hccr_jax.errors import InputError
 
 BEST_METRIC = "top1"
@@ -42,7 +42,7 @@ class Checkpoints:
         """
         self.folder = Path(folder).absolute()
         self._keep = keep_latest, keep_best
-        self._writes = keep_latest > 0 and jax.process_index() == 0
+        self._writes = keep_latest > 0 and processes.is_first()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -109,12 +109,15 @@ class Checkpoints:
         return self._sound_steps()
 
     def best_step(self) -> int | None:
-        """Returns the step of the highest validation top-1, or the latest if none was validated."""
-        return max(self.steps(), key=self._rank, default=None)
+        """Returns the step of the highest validation top-1, or the latest if none was validated.
+
+        With several processes all must ask, in step, and get the first one's answer.
+        """
+        return self._agree(lambda: max(self.steps(), key=self._rank, default=None))
 
     def latest_step(self) -> int | None:
-        """Returns the newest step, or None."""
-        return max(self.steps(), default=None)
+        """Returns the newest step, or None; asked as `best_step`."""
+        return self._agree(lambda: max(self.steps(), default=None))
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the validation metrics saved with a step; empty where there were none."""
@@ -153,6 +156,12 @@ class Checkpoints:
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
         return {name: restored[name] if name in arguments else like[name] for name in like}
+
+    def _agree(self, choose: Callable[[], int | None]) -> int | None:
+        self.wait()
+        step = choose() if processes.is_first() else None
+        agreed = processes.agree(-1 if step is None else step)
+        return None if agreed < 0 else agreed
 
     def _rank(self, step: int) -> tuple[float, int]:
         return self.metrics(step).get(BEST_METRIC, -math.inf), step
@@ -199,8 +208,8 @@ class Checkpoints:
         return OSError(f"{self.folder / str(step)}: could not be saved: {reason}")
 
     def _read(self, step: int, name: str) -> dict[str, Any]:
-        arguments = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-        return self._checkpointer.restore(self.folder / str(step), args=arguments)[name]
+        # Not through Orbax, which would wait for the other processes.
+        return json.loads((self.folder / str(step) / name / "metadata").read_bytes())
 
     def __enter__(self) -> Self:
         return self

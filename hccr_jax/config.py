@@ -73,6 +73,10 @@ RULES: dict[str, Rule] = {
     "gradient_accumulation_steps": _COUNT,
     "steps_per_call": Rule(int, 0, 10_000),
     "log_every_steps": _COUNT,
+    "watchdog_seconds": Rule(float, 0, 1e6),
+    "skip_non_finite": Rule(bool),
+    "strict_determinism": Rule(bool),
+    "reduce_dtype": Rule(str, words=("float32", "bfloat16")),
     "model.name": Rule(str, words=tuple(MODEL_OPTIONS)),
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
@@ -80,6 +84,7 @@ RULES: dict[str, Rule] = {
     "model.head_channels": Rule(int, 8, 65_536),
     "model.dropout_rate": Rule(float, 0, 0.99),
     "model.batch_norm_epsilon": Rule(float, _TINY, 1),
+    "model.batch_norm": Rule(str, words=("global", "local")),
     "model.batch_norm_momentum": Rule(float, 0, 0.999999),
     "model.batch_norm_ramp": Rule(bool),
     "model.lda_dims": Rule(int, 1, 512),
@@ -160,6 +165,8 @@ FREE_ON_RESUME = (
     "num_steps",
     "num_epochs",
     "log_every_steps",
+    "watchdog_seconds",
+    "skip_non_finite",
     "data.data_dir",
     "data.placement",
     "checkpoint.",
@@ -241,6 +248,12 @@ def check(config: ConfigDict) -> None:
             "config.loss.mirrored_unknown=True: goes with images mirrored anew in each epoch; set "
             "augment.once=False"
         )
+    if config.strict_determinism:
+        for key in ("model.batch_norm", "reduce_dtype"):
+            if dict(flatten(config))[key] not in ("global", "float32"):
+                raise InputError(
+                    f"config.strict_determinism=True: goes with the default of config.{key}"
+                )
     if 2 * config.data.margin_px >= config.data.image_px:
         raise InputError(
             f"config.data.margin_px={config.data.margin_px}: must be below half of "
@@ -271,19 +284,30 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     Raises:
       InputError: names the key and the nearest sizes that fit.
     """
+    shards = strict_shards(config)
+    if shards % num_devices:
+        raise InputError(
+            f"config.strict_determinism=True: needs a number of devices that divides {shards}, not "
+            f"{num_devices}"
+        )
     parts = config.gradient_accumulation_steps
-    for key, size, unit in (
-        ("batch_size", config.batch_size, num_devices * parts),
-        ("eval.batch_size", config.eval.batch_size, num_devices),
+    whole = "the parts of strict_determinism" if shards else "the number of devices"
+    whole += f" × gradient_accumulation_steps={parts}" if parts > 1 else ""
+    for key, size, unit, name in (
+        ("batch_size", config.batch_size, (shards or num_devices) * parts, whole),
+        ("eval.batch_size", config.eval.batch_size, num_devices, "the number of devices"),
     ):
         if size % unit:
             below, above = size // unit * unit, -(-size // unit) * unit
             near = f"{below} or {above}" if below else str(above)
-            times = f" × gradient_accumulation_steps={parts}" if unit > num_devices else ""
             raise InputError(
-                f"config.{key}={size}: must be a multiple of {unit}, the number of devices{times}, "
-                f"such as {near}"
+                f"config.{key}={size}: must be a multiple of {unit}, {name}, such as {near}"
             )
+
+
+def strict_shards(config: ConfigDict) -> int:
+    """Returns in how many parts a batch is computed whatever the devices; 0 for no such parts."""
+    return 8 if config.strict_determinism else 0
 
 
 def resolve(config: ConfigDict, num_records: int) -> Steps:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hccr_jax import sharding
+from hccr_jax import processes, sharding, watchdog
 from hccr_jax.data.input_pipeline import gather, process_rows
 from hccr_jax.data.splits import Split
 from hccr_jax.signals import Stopped
@@ -68,14 +68,17 @@ def evaluate(
     """
     count, mine = len(split.labels), process_rows(batch_size)
     parts: list[Any] = []
-    for start in tqdm(range(0, count, batch_size), "evaluating", leave=False, unit="batch"):
+    starts, silent = range(0, count, batch_size), not processes.is_first()
+    for start in tqdm(starts, "evaluating", leave=False, unit="batch", disable=silent):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         batch = sharding.put_batch(gather(split, rows[mine]), mesh)
         parts.append(eval_step(params, batch_stats, *batch))
+        watchdog.beat("evaluating")  # not before the first batch, which compiles
         if leaves():
             raise Stopped
         if len(parts) > BATCHES_AHEAD:  # not sooner: reading is to go on while devices compute
             jax.block_until_ready(parts[-1 - BATCHES_AHEAD])
+    watchdog.beat("after evaluating", watchdog.SLOW)
     whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
     losses, candidates, probabilities = (part[:count] for part in whole)
     return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))

@@ -109,7 +109,10 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
         batch_norm_ramp=config.model.batch_norm_ramp,
+        global_batch_norm=config.model.batch_norm == "global",
         accumulation_steps=config.gradient_accumulation_steps,
+        reduce_dtype=jnp.dtype(config.reduce_dtype),
+        strict_shards=config_lib.strict_shards(config),
         average_decay=config.optimizer.average_decay,
         is_unknown=is_unknown,
         teacher=teacher.apply if teacher else None,
@@ -137,7 +140,11 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         feed=feed,
         teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
         statistics_step=make_statistics_step(
-            network.apply, augment, network.mesh, seed=config.seed
+            network.apply,
+            augment,
+            network.mesh,
+            seed=config.seed,
+            strict_shards=config_lib.strict_shards(config),
         ),
         initial=state,
     )

@@ -74,8 +74,9 @@ def main(argv: list[str]) -> int:
             return 0
         logging.set_verbosity(logging.WARNING)
         prepare_process()
-        from hccr_jax import train  # slow to import: a wrong flag should be told at once
+        from hccr_jax import processes, train  # slow to import: a wrong flag should be told at once
 
+        processes.join(values.config.watchdog_seconds or 300.0)
         timeline.lap("imports")
         config, workdir = values.config, pathlib.Path(values.workdir).expanduser()
         if values.mode == "eval":
@@ -89,9 +90,19 @@ def main(argv: list[str]) -> int:
         return 1
     except SystemExit as stop:
         return int(stop.code or 0)
+    except RuntimeError as error:
+        from hccr_jax import processes
+
+        if not processes.are_several():
+            raise
+        print(f"the other processes were lost: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
     signals.install()
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "hccr_jax.processes" in sys.modules:
+        sys.modules["hccr_jax.processes"].leave(code)
+    sys.exit(code)

@@ -1,7 +1,6 @@
 """What a run says about itself while it runs: metrics.jsonl, TensorBoard and the progress bar."""
 
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,11 +8,16 @@ from typing import Self
 import tensorboardX
 from tqdm import tqdm
 
+from hccr_jax import processes
+
 TITLES = {"train/loss": "loss", "train/accuracy": "accuracy", "eval/top1": "validation"}
 
 
 class MetricsWriter:
-    """Writes rows of metrics to a workdir and shows them; a context manager."""
+    """Writes rows of metrics to a workdir and shows them, by the first of several processes.
+
+    A context manager.
+    """
 
     def __init__(self, workdir: Path, first_step: int, total_steps: int) -> None:
         """Opens the files, to append.
@@ -22,17 +26,18 @@ class MetricsWriter:
           workdir: gets metrics.jsonl and TensorBoard's event file.
           first_step, total_steps: where the progress bar starts and ends.
         """
+        self._file = None
+        if not processes.is_first():
+            return
         self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(workdir), flush_secs=30)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.1)
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row and moves the bar to its step.
-
-        Raises:
-          FloatingPointError: the loss is not finite; the row is written first.
-        """
+        """Writes one row and moves the bar to its step."""
+        if not self._file:
+            return
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -42,11 +47,6 @@ class MetricsWriter:
             self._shown["images/s"] = f"{row['images_per_second']:.0f}"
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
-        if not math.isfinite(row.get("train/loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {row['train/loss']} at step {step}: try a lower learning rate or "
-                f"--config.optimizer.clip_norm=1"
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -57,6 +57,7 @@ class MetricsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        self._events.close()
-        self._file.close()
+        if self._file:
+            self._bar.close()
+            self._events.close()
+            self._file.close()

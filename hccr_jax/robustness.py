@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from hccr_jax import plots, sheets
+from hccr_jax import plots, processes, sheets
 from hccr_jax.data import distortions
 from hccr_jax.data.distortions import Source, distorted_images
 from hccr_jax.data.splits import Split
@@ -66,7 +65,7 @@ def evaluate_robustness(
                 **_curve(answer, split, source, stretched, pool, "aspects"),
             },
         }
-    if jax.process_index() == 0:
+    if processes.is_first():
         plots.write_robustness(workdir, curves)
         sheets.write_distorted_sheet(workdir, pairs, split.classes)
         sheets.write_failures(workdir, failures, split.classes)

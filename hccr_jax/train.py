@@ -1,9 +1,10 @@
 """The main job: train or fit, evaluate and save."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import os
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +17,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax import plots, sharding, sheets, signals
+from hccr_jax import plots, processes, sharding, sheets, signals, watchdog
 from hccr_jax.assess import assess
 from hccr_jax.checkpoint import Checkpoints, check_classes, find_steps
 from hccr_jax.data.input_pipeline import Call, call_lengths, gather, process_rows
 from hccr_jax.data.order import batch_rows
-from hccr_jax.errors import InputError
 from hccr_jax.evaluate import evaluate
+from hccr_jax.files import replace_text
 from hccr_jax.fit import fit_mqdf
 from hccr_jax.job import Job, create_job, load
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.pretrained import find_checkpoints, load_pretrained
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
-from hccr_jax.train_step import row_keys, to_float
+from hccr_jax.train_step import NEVER, row_keys, to_float
+from hccr_jax.workdir import check_room, check_writable, only_writer
 
 SHEET_IMAGES = 24
+CHECKPOINT_FACTOR = 2  # times a state's size that a save may take: the new step beside the old one
 
 
 def train_and_evaluate(
@@ -57,23 +60,29 @@ def train_and_evaluate(
       OSError: a checkpoint could not be saved.
       SystemExit: with code 143, stopped by a signal after saving.
     """
-    _check_workdir(workdir)  # first what needs no data: their normal form takes minutes
+    check_writable(workdir)  # first what needs no data: their normal form takes minutes
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
-    resumes = _can_resume(workdir / "checkpoints")
-    for path in (config.teacher.checkpoint, "" if resumes else config.init_from):
-        if path:
-            find_checkpoints(path)
-    timeline = timeline or Timeline()
-    job = create_job(config, timeline, resumes)
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir / "config.json")
-    kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
-    with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
-        learn = fit if config.model.name == "mqdf" else train
-        learn(job, workdir, checkpoints, timeline)
-    return assess(load_pretrained(workdir, config, job.network), job.test, workdir)
+    with _writing(workdir):
+        resumes = _can_resume(workdir / "checkpoints")
+        for path in (config.teacher.checkpoint, "" if resumes else config.init_from):
+            if path:
+                find_checkpoints(path)
+        timeline = timeline or Timeline()
+        job = create_job(config, timeline, resumes)
+        if processes.is_first():
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(job.initial))
+            check_room(workdir, CHECKPOINT_FACTOR * size)
+            config_lib.save(config, workdir / "config.json")
+        kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
+        watchdog.start(config.watchdog_seconds)
+        with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
+            learn = fit if config.model.name == "mqdf" else train
+            learn(job, workdir, checkpoints, timeline)
+        results = assess(load_pretrained(workdir, config, job.network), job.test, workdir)
+        watchdog.stop()
+    return results
 
 
 def evaluate_checkpoint(
@@ -92,12 +101,12 @@ def evaluate_checkpoint(
     Raises:
       InputError: there is no checkpoint, or it was trained on another class list.
     """
-    _check_workdir(workdir)
+    check_writable(workdir)
     config_lib.check_devices(config, jax.device_count())
     pretrained = load_pretrained(checkpoint or workdir, config)
     split = load(pretrained.config, config.data.test_split)
-    workdir.mkdir(parents=True, exist_ok=True)
-    return assess(pretrained, split, workdir)
+    with _writing(workdir):
+        return assess(pretrained, split, workdir)
 
 
 def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
@@ -109,7 +118,8 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     owes_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
     if step >= steps.total and not owes_scores:
         return
-    (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
+    if processes.is_first():
+        (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
     calls, train_call = _prepare(job, state, timeline)
     pending: list[dict[str, jax.Array]] = []
     with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as asked:
@@ -118,6 +128,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
         if owes_scores and not keep(step, state, True):
             sys.exit(signals.EXIT_CODE)
         logged, clock, is_first = step, time.monotonic(), True
+        watchdog.beat("the first call", watchdog.SLOW)
         for call in calls:
             state, sums = train_call(state, np.int32(call.num_steps), call.arrays, *job.teachers)
             if is_first:
@@ -129,22 +140,26 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 _write_augmented_sheet(job, workdir)
                 clock += time.monotonic() - start  # no part of the images a second
             step += call.num_steps
+            jax.block_until_ready(pending[-1:])  # the host is one call ahead, no more
             pending.append(sums)
+            watchdog.beat(f"the steps after {step:,}")
             checkpoints.check()
             leaving = leaves()  # asked once: between saving and leaving no step may be lost
             evaluates = steps.evaluates(step)
             saves = evaluates or leaving or step % config.checkpoint.every_steps == 0
             if saves or step % config.log_every_steps == 0:
-                row = _mean(pending, step - logged)  # the host waits for the devices only here
+                row = _mean(pending, step - logged)
+                _check_finite(job, workdir, row, step)  # before anything is saved
                 now = time.monotonic()
                 row["images_per_second"] = (step - logged) * config.batch_size / (now - clock)
                 row["train/seconds"] = now - clock
                 row["learning_rate"] = float(job.schedule(step - 1))
                 pending, logged, clock = [], step, now
-                writer.write(step, row)  # refuses a loss that is not finite, before it is saved
+                writer.write(step, row)
             if saves:
                 if not keep(step, state, evaluates and not leaving) or leaving:
                     sys.exit(signals.EXIT_CODE)
+                watchdog.beat(f"the steps after {step:,}")
                 clock = time.monotonic()
         checkpoints.wait()
 
@@ -154,6 +169,7 @@ def _keep(
     leaves: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
 ) -> bool:  # fmt: skip
     """Saves a step, evaluated first where asked for; returns whether the run is to go on."""
+    watchdog.beat(f"evaluating and saving step {step:,}", watchdog.SLOW)
     start, scores, statistics = time.monotonic(), None, state.batch_stats
     stays = True
     if evaluates:
@@ -165,7 +181,8 @@ def _keep(
         except signals.Stopped:
             stays, statistics = False, state.batch_stats
     checkpoints.save(step, _items(state, statistics), _about(job), scores)
-    plots.write_curves(workdir)
+    if processes.is_first():
+        plots.write_curves(workdir)
     if not stays:
         checkpoints.wait()
     return stays
@@ -281,6 +298,8 @@ def _validate(
 
 def _write_augmented_sheet(job: Job, workdir: Path) -> None:
     """Draws some training images before and after augmentation."""
+    if not processes.is_first():
+        return
     count = min(SHEET_IMAGES, len(job.train.labels))
     images, labels = gather(job.train, batch_rows(job.config.seed, 0, count, len(job.train.labels)))
     keys = row_keys(job.config.seed, AUGMENT, jnp.int32(0), count)
@@ -296,16 +315,66 @@ def _can_resume(folder: Path) -> bool:
         return checkpoints.latest_step() is not None
 
 
-def _check_workdir(workdir: Path) -> None:
-    """Checks that the workdir is a folder that can be written, or can be made."""
-    path = workdir.absolute()
-    there = next(p for p in (path, *path.parents) if os.path.exists(p))
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        reason = "no permission to write" if there.is_dir() else "not a folder"
-        raise InputError(f"--workdir={workdir}: {there}: {reason}; choose another")
-
-
 def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
-    """Returns the mean of each metric over some steps, from the sums of their calls."""
+    """Returns the mean of each metric over those of some steps that counted, and what was not so.
+
+    Args:
+      sums: of each call, see `train_step.make_train_call`.
+      num_steps: of all of them.
+    """
     rows = jax.device_get(sums)
-    return {f"train/{k}": sum(float(row[k]) for row in rows) / num_steps for k in rows[0]}
+    counted = num_steps - sum(float(row["skipped"]) for row in rows)
+    means = {
+        f"train/{name}": sum(float(row[name]) for row in rows) / max(counted, 1.0)
+        for name in ("loss", "accuracy", "gradient_norm")
+    }
+    first_bad = min(int(row["first_bad"]) for row in rows)
+    return means | (
+        {"skipped_batches": num_steps - counted, "first_bad": first_bad}
+        if first_bad < NEVER
+        else {}
+    )
+
+
+def _check_finite(job: Job, workdir: Path, row: dict[str, float], step: int) -> None:
+    """Checks that the numbers of all steps since the last row were finite, or may be passed over.
+
+    Args:
+      row: from `_mean`; loses what is not to be logged.
+      step: that the run is at.
+
+    Raises:
+      FloatingPointError: names the step; its records stand in workdir/non_finite.json.
+    """
+    if "first_bad" not in row:
+        return
+    bad = int(row.pop("first_bad"))
+    if processes.is_first():
+        split, config = job.train, job.config
+        rows = batch_rows(config.seed, bad, config.batch_size, len(split.labels))
+        records = [
+            {
+                "character": split.classes[split.labels[row]],
+                "writer": str(split.writers[row]),
+                "source": str(split.sources[row]),
+                "record": int(split.record_numbers[row]),
+            }
+            for row in rows
+        ]
+        text = json.dumps({"step": bad + 1, "records": records}, ensure_ascii=False, indent=1)
+        replace_text(workdir / "non_finite.json", text + "\n")
+    if job.config.skip_non_finite and any(row[key] for key in row if key != "skipped_batches"):
+        return
+    raise FloatingPointError(
+        f"step {bad + 1:,}: the loss or its gradient is not finite (found at step {step:,}; the "
+        f"step's records: {workdir / 'non_finite.json'}); nothing is saved from there on: resume "
+        f"with a lower learning rate, --config.optimizer.clip_norm=1 or "
+        f"--config.skip_non_finite=True"
+    )
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """Makes a workdir and holds it against other runs; among several processes the first does."""
+    with only_writer(workdir) if processes.is_first() else contextlib.nullcontext():
+        yield

@@ -1,6 +1,7 @@
 """Rules of the whole suite: warnings are errors, JAX is strict, four CPU devices stand for many."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,24 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     }
     path = Path(__file__).parents[1] / "configs" / "default.py"
     return [f"--config={path}", *(f"--config.{key}={value}" for key, value in config.items())]
+
+
+@pytest.fixture(scope="session")
+def train(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Returns a function that runs the tiny job to some step in this process, without a stop."""
+    from hccr_jax import main
+    from hccr_jax.train import train_and_evaluate
+
+    def run(num_steps: int, *flags: str, workdir: Path | None = None) -> Path:
+        workdir = workdir or tmp_path_factory.mktemp("run")
+        flags = (f"--config.num_steps={num_steps}", *flags)
+        train_and_evaluate(main.parse(["main", *tiny_job, *flags]).config, workdir)
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(train: Callable[..., Path]) -> Path:
+    """Returns the workdir of a run of 8 steps that nothing stopped."""
+    return train(8)

@@ -102,7 +102,7 @@ def test_an_option_that_a_network_does_not_have_is_refused(name, option, value, 
 
 def test_options_are_those_of_the_networks_classes() -> None:
     options = load("default").model
-    fixed = {"name", "dtype", "batch_norm_momentum", "batch_norm_ramp"}
+    fixed = {"name", "dtype", "batch_norm", "batch_norm_momentum", "batch_norm_ramp"}
     assert {k: v for k, v in options.items() if k not in fixed} == MODEL_DEFAULTS
     for name, network in MODELS.items():
         # The metaclass of Flax hides the signature of a class; ResNets are partial functions.

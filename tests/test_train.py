@@ -2,11 +2,7 @@
 
 import itertools
 import json
-import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,88 +14,22 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from PIL import Image
+from runs import EVERY_STEP, assert_same_checkpoint, rows, saved, steps_saved, stop
 
 from hccr_jax import main
+from hccr_jax.data.order import batch_rows
 from hccr_jax.data.splits import load_split
 from hccr_jax.job import create_job
-from hccr_jax.metrics import MetricsWriter
 from hccr_jax.models.registry import create_model, split_model
 from hccr_jax.startup import Timeline
-from hccr_jax.train import evaluate_checkpoint, train_and_evaluate
+from hccr_jax.train import evaluate_checkpoint
 from hccr_jax.train_state import AUGMENT
 from hccr_jax.train_step import row_keys, to_float
-
-ROOT = Path(__file__).parents[1]
-EVERY_STEP = ["--config.checkpoint.every_steps=1", "--config.checkpoint.keep_latest=99"]
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def train(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Returns a function that runs the tiny job to some step in this process, without a stop."""
-
-    def run(num_steps: int, *flags: str, workdir: Path | None = None) -> Path:
-        workdir = workdir or tmp_path_factory.mktemp("run")
-        flags = (f"--config.num_steps={num_steps}", *flags)
-        train_and_evaluate(main.parse(["main", *tiny_job, *flags]).config, workdir)
-        return workdir
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def finished(train: Train) -> Path:
-    """Returns the workdir of a run of 8 steps that nothing stopped."""
-    return train(8)
-
-
-def start(flags: list[str], workdir: Path, *more: str) -> subprocess.Popen:
-    """Starts the job in a process of its own, on as many devices as this one has."""
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
-    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}", *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-
-
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def rows(workdir: Path) -> list[dict[str, float]]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def steps_saved(workdir: Path) -> list[int]:
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Returns every array of a checkpoint by its path, read without this package."""
-    arrays = {}
-    for item in ("params", "eval_batch_stats", "progress"):
-        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return arrays
-
-
-def assert_same_checkpoint(one: Path, other: Path, step: int) -> None:
-    first, second = saved(one, step), saved(other, step)
-    assert set(first) == set(second)
-    assert first["progress['step']"] == step
-    different = [name for name in first if first[name].tobytes() != second[name].tobytes()]
-    assert different == []
 
 
 def test_workdir_holds_what_was_promised(finished: Path) -> None:
@@ -216,12 +146,30 @@ def test_evaluation_is_that_of_one_image_at_a_time(finished: Path, tiny_job: lis
     assert results["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, first_step=0, total_steps=9) as writer:
-        writer.write(2, {"train/loss": 0.5})
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-            writer.write(3, {"train/loss": math.nan})
-    assert [row["step"] for row in rows(tmp_path)] == [2, 3]
+def test_numbers_that_are_not_finite_end_the_run(
+    tiny_job: list[str], finished: Path, train: Train
+) -> None:
+    too_fast = "--config.optimizer.learning_rate=1000.0", "--config.optimizer.name=sgd"
+    workdir = finished.parent / "not_finite"
+    every = "--config.checkpoint.every_steps=1", "--config.checkpoint.keep_latest=99"
+    with pytest.raises(
+        FloatingPointError, match=r"^step \d+: the loss or its gradient is not finite"
+    ):
+        train(200, *too_fast, *every, "--config.log_every_steps=3", workdir=workdir)
+    found = json.loads((workdir / "non_finite.json").read_text())
+    assert found["step"] > 1
+    assert steps_saved(workdir)[-1] < found["step"], "nothing poisoned is saved"
+    for array in saved(workdir, steps_saved(workdir)[-1]).values():
+        assert np.isfinite(array).all()
+    # The records are those of the step, by the order that the run is known to have.
+    config = main.parse(["main", *tiny_job]).config
+    split = create_job(config, Timeline()).train
+    wanted = batch_rows(config.seed, found["step"] - 1, 8, len(split.labels))
+    assert [(r["source"], r["record"]) for r in found["records"]] == [
+        (split.sources[row], split.record_numbers[row]) for row in wanted
+    ]
+    skipping = train(8, *too_fast, "--config.skip_non_finite=True")
+    assert steps_saved(skipping)
 
 
 def test_resumed_run_is_bit_for_bit_the_unbroken_one(finished: Path, train: Train) -> None:
@@ -279,18 +227,6 @@ def test_finished_run_is_evaluated_again_without_a_step(finished: Path, train: T
         (finished / "metrics.jsonl").read_bytes(),
         (finished / "eval.json").read_bytes(),
     )
-
-
-def stop(number: signal.Signals, flags: list[str], workdir: Path, ready: Callable[[], bool]) -> int:
-    """Starts a run, sends it a signal once it is ready, and returns its exit code."""
-    process = start(flags, workdir)
-    try:
-        wait_for(process, ready)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode
 
 
 def test_sigterm_saves_the_current_step(tiny_job: list[str], tmp_path: Path, train: Train) -> None:

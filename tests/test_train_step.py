@@ -20,6 +20,7 @@ from hccr_jax.optim import make_optimizer
 from hccr_jax.sharding import DATA_AXIS, replicated
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, create_train_state
 from hccr_jax.train_step import (
+    NEVER,
     average_statistics,
     combine_views,
     make_eval_step,
@@ -182,6 +183,7 @@ def test_a_step_descends_the_gradient_of_the_mean_loss(descent):
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
     accuracy = (np.argmax(logits, 1) == labels).mean()
+    assert (metrics.pop("skipped"), metrics.pop("first_bad")) == (0.0, NEVER)
     assert_near(metrics, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm})
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
     assert_near(state.batch_stats, statistics)
@@ -261,6 +263,78 @@ def test_accumulation_averages_the_gradients_of_its_parts(devices):
     assert_near(state.batch_stats, statistics)
 
 
+@pytest.mark.parametrize("options", [{"strict_shards": 4}, {"global_batch_norm": False}])
+def test_parts_with_statistics_of_their_own_are_averaged(options):
+    """Four parts of consecutive rows: of a strict step, or those that four devices hold."""
+    images, labels = make_batch(16)
+    apply, params, batch_stats = make_small_network()
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def plain(params, images, labels):
+        logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
+        return cross_entropy(logits, labels).mean(), statistics
+
+    parts = [plain(params, images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
+    (loss, statistics), gradients = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *parts)
+    optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), seed=0, **options)
+    state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
+    assert_near(metrics["loss"], loss)
+    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats, statistics)
+
+
+def test_a_strict_step_has_the_same_bits_on_any_number_of_devices():
+    images, labels = make_batch(32)
+    apply, params, batch_stats = make_small_network(dropout_rate=0.5)
+    optimizer = make_optimizer("adamw", lambda step: 0.01, weight_decay=0.1, clip_norm=1.0)
+
+    def run(devices):
+        mesh = mesh_of(devices)
+        step = make_train_step(apply, optimizer, as_they_are, mesh, seed=3, strict_shards=4)
+        count = make_statistics_step(apply, as_they_are, mesh, seed=3, strict_shards=4)
+        state = fresh(params, batch_stats, optimizer, mesh)
+        for _ in range(3):
+            state, metrics = step(state, images, labels)
+        return state, metrics, count(state.params, state.batch_stats, images, jnp.int32(2))
+
+    alone = run(1)
+    for devices in (2, 4):
+        jax.tree.map(np.testing.assert_array_equal, run(devices), alone)
+
+
+def test_gradients_added_up_in_bfloat16_have_its_precision():
+    images, labels = make_batch(16)
+    apply, params, batch_stats = make_small_network()
+    optimizer = make_optimizer("sgd", lambda step: 1.0, beta1=0.0)
+    gradients = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        step = make_train_step(
+            apply, optimizer, as_they_are, mesh_of(4), seed=0, reduce_dtype=dtype
+        )
+        state, _ = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
+        difference = jax.tree.map(lambda old, new: old - new, params, state.params)
+        gradients.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(difference)]))
+    exact, rounded = gradients
+    assert 0 < np.linalg.norm(rounded - exact) < 2**-7 * np.linalg.norm(exact)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(descent):
+    (_, params, batch_stats), optimizer, step = descent
+    images, labels = make_batch(16)
+    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), params)
+    before = fresh(bad, batch_stats, optimizer, mesh_of(4))
+    state, metrics = step(before.replace(step=jnp.int32(7)), images, labels)
+    assert state.step == 8
+    jax.tree.map(
+        np.testing.assert_array_equal, (state.params, state.batch_stats), (bad, batch_stats)
+    )
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": 0, "accuracy": 0, "gradient_norm": 0, "skipped": 1, "first_bad": 7,
+    }  # fmt: skip
+
+
 def test_a_call_is_its_steps_in_turn_whatever_its_length(descent):
     """Bit for bit: a run that was stopped may go on in calls of other lengths."""
     (_, params, batch_stats), optimizer, step = descent
@@ -280,7 +354,9 @@ def test_a_call_is_its_steps_in_turn_whatever_its_length(descent):
     for lengths in ([1, 1, 1, 1, 1], [2, 3]):
         parts, sums = run(lengths)
         jax.tree.map(np.testing.assert_array_equal, parts, whole)
-        assert_near(jax.tree.map(lambda *leaves: np.sum(leaves, 0), *sums), of_five)
+        assert {int(part.pop("first_bad")) for part in sums} == {NEVER}
+        expected = {name: value for name, value in of_five.items() if name != "first_bad"}
+        assert_near(jax.tree.map(lambda *leaves: np.sum(leaves, 0), *sums), expected)
     state = fresh(params, batch_stats, optimizer, mesh_of(4))
     for batch in batches:
         state, _ = step(state, *batch)

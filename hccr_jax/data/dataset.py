@@ -117,7 +117,10 @@ def prepare_strokes(
       The data set's name, which tells these numbers.
     """
     name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * haste:.0f}h"
-    if not store.dataset_folder(name, data_dir).exists():
+    folder, lock = store.dataset_folder(name, data_dir), Path(data_dir, f".archives.{name}.lock")
+    with contextlib.nullcontext() if folder.exists() else store.exclusive(lock):
+        if folder.exists():
+            return name
         scratch = Path(data_dir, f"archives.{name}")
         characters = sorted(charset.level1())[:num_characters]
         strokes.write_gnt_archives(

@@ -1,6 +1,6 @@
 """Runs independent tasks on all cores, in worker processes, under a progress bar."""
 
-import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import os
 import threading
@@ -54,6 +54,7 @@ class WorkerPool:
           unit: what a step counts, for the rate.
 
         Raises:
+          ChildProcessError: a worker was killed.
           Exception: whatever the first task to fail raised.
         """
         start = self._counter.value
@@ -65,9 +66,19 @@ class WorkerPool:
             while pending:
                 done, pending = concurrent.futures.wait(pending, timeout=_POLL_SECONDS)
                 for future in done:
-                    future.result()
+                    self._check(future)
                 bar.update(self._counter.value - start - bar.n)
         return [future.result() for future in futures]
+
+    @staticmethod
+    def _check(future: concurrent.futures.Future[Any]) -> None:
+        try:
+            future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process died, most likely killed for want of memory: free some, or use "
+                "fewer cores (taskset), and run this again"
+            ) from error
 
 
 def cpu_count() -> int:

@@ -1,0 +1,74 @@
+"""What tests of whole runs share: starting them, stopping them, and reading what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[1]
+EVERY_STEP = ["--config.checkpoint.every_steps=1", "--config.checkpoint.keep_latest=99"]
+
+
+def start(flags: list[str], workdir: Path, *more: str) -> subprocess.Popen:
+    """Starts the job in a process of its own, on as many devices as this one has."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}", *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_saved(workdir: Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint by its path, read without this package."""
+    arrays = {}
+    for item in ("params", "eval_batch_stats", "progress"):
+        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+def assert_same_checkpoint(one: Path, other: Path, step: int) -> None:
+    first, second = saved(one, step), saved(other, step)
+    assert set(first) == set(second)
+    assert first["progress['step']"] == step
+    different = [name for name in first if first[name].tobytes() != second[name].tobytes()]
+    assert different == []
+
+
+def stop(number: signal.Signals, flags: list[str], workdir: Path, ready: Callable[[], bool]) -> int:
+    """Starts a run, sends it a signal once it is ready, and returns its exit code."""
+    process = start(flags, workdir)
+    try:
+        wait_for(process, ready)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode

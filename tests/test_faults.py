@@ -1,0 +1,426 @@
+"""Kills, signals, damage and stalls by the hundred: docs/reliability.md says what each proves.
+
+Run with `launch/test.sh -m faults`.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import ROOT, assert_same_checkpoint, rows, saved, steps_saved
+from test_processes import finish, start_group
+
+from hccr_jax.checkpoint import Checkpoints
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
+
+OFTEN = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=20"]
+
+# Runs the main job, and kills it when a function of it is called for the nth time.
+KILL = """
+import importlib, os, signal, sys
+from hccr_jax import main
+owner, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner, _, kind = owner.partition(":")
+owner = importlib.import_module(owner)
+owner = getattr(owner, kind) if kind else owner
+original, count = getattr(owner, name), 0
+def counting(*args, **options):
+    global count
+    count += 1
+    if count == calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+setattr(owner, name, counting)
+main.main(["main", *sys.argv[4:]])
+"""
+# Where, and at which call: from before the first step to after the last.
+KILL_POINTS = {
+    "while the network is made": ("hccr_jax.job", "create_network", 1),
+    "before compiling": ("hccr_jax.train", "_compile", 1),
+    "after the first step": ("hccr_jax.train", "_write_augmented_sheet", 1),
+    "between steps": ("hccr_jax.train", "_mean", 3),
+    "before an evaluation": ("hccr_jax.train", "_fresh_statistics", 1),
+    "in an evaluation": ("hccr_jax.train", "_validate", 2),
+    "before a save": ("hccr_jax.checkpoint:Checkpoints", "save", 3),
+    "between a save and its seal": ("hccr_jax.manifest", "write_manifest", 3),
+    "before an old step is removed": ("shutil", "rmtree", 1),
+    "while results are written": ("hccr_jax.assess", "_write_results", 1),
+}
+
+
+def run_main(flags: list[str], workdir: Path, devices: int = 1) -> subprocess.Popen[str]:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def complete(flags: list[str], workdir: Path, devices: int = 1) -> Path:
+    """Runs a job to its end and returns its workdir."""
+    process = run_main(flags, workdir, devices)
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the workdir of 40 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return complete([*tiny_job, *OFTEN, "--config.num_steps=40"], workdir)
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_a_kill_at_a_named_point_costs_no_bit(
+    tiny_job: list[str], tmp_path: Path, undisturbed: Path, point: str
+) -> None:
+    flags = [*tiny_job, *OFTEN, "--config.num_steps=40"]
+    command = [sys.executable, "-c", KILL, *map(str, KILL_POINTS[point])]
+    killed = subprocess.run(
+        [*command, *flags, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    complete(flags, tmp_path)
+    assert_same_checkpoint(tmp_path, undisturbed, 40)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if not p.name.isdecimal()]
+
+
+def test_fifty_kills_at_random_moments_cost_no_bit(tiny_job: list[str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    flags = [*tiny_job, *OFTEN]
+    endless = [*flags, "--config.num_steps=1000000"]
+    workdir, startup = tmp_path / "killed", 0.0
+    for _ in range(50):
+        start, before = time.monotonic(), len(rows(workdir))
+        # Half of the kills come before the first new step, half soon after it.
+        waits_for_steps = startup == 0.0 or rng.random() < 0.5
+        process = run_main(endless, workdir)
+        try:
+            if waits_for_steps:
+                while len(rows(workdir)) <= before:
+                    assert process.poll() is None, process.communicate()[1]
+                    time.sleep(0.01)
+                startup = time.monotonic() - start
+                time.sleep(rng.uniform(0, 0.5))
+            else:
+                time.sleep(rng.uniform(0, startup))
+        finally:
+            process.kill()
+            process.communicate()
+    end = (steps_saved(workdir) or [0])[-1] + 7
+    assert end > 50
+    # Steps that are evaluated save other batch statistics for it: the same ends of both runs.
+    last = [*flags, f"--config.num_steps={end}"]
+    complete(last, workdir)
+    assert_same_checkpoint(workdir, complete(last, tmp_path / "undisturbed"), end)
+
+
+def test_twenty_sigterms_at_random_moments_save_and_end_with_143(
+    tiny_job: list[str], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    flags = [*tiny_job, "--config.checkpoint.every_steps=100000", "--config.eval.every_steps=50"]
+    endless = [*flags, "--config.num_steps=1000000"]
+    workdir, startup, ends = tmp_path / "stopped", 0.0, []
+    for turn in range(20):
+        start, before = time.monotonic(), len(rows(workdir))
+        process = run_main(endless, workdir)
+        try:
+            if turn % 2 == 0:
+                while len(rows(workdir)) <= before:
+                    assert process.poll() is None, process.communicate()[1]
+                    time.sleep(0.01)
+                startup = time.monotonic() - start
+                time.sleep(rng.uniform(0, 1.0))
+            else:
+                time.sleep(rng.uniform(0.3, startup))  # the interpreter itself takes a moment
+            sent = time.monotonic()
+            process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+            said = process.communicate(timeout=60)[1]
+            ends.append(time.monotonic() - sent)
+        finally:
+            process.kill()
+        assert process.returncode == 143, (turn, said)
+        assert "Traceback" not in said
+        if rows(workdir):
+            assert steps_saved(workdir)[-1] == max(row["step"] for row in rows(workdir))
+    assert max(ends) < 10, ends
+    end = steps_saved(workdir)[-1] + 7
+    last = [*flags, f"--config.num_steps={end}"]
+    complete(last, workdir)
+    assert_same_checkpoint(workdir, complete(last, tmp_path / "undisturbed"), end)
+
+
+def test_every_file_of_a_step_can_be_lost(
+    tiny_job: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    """Each is damaged in turn in the newest step; the run goes on from the one before."""
+    steps = steps_saved(undisturbed)
+    assert len(steps) >= 2
+    newest = undisturbed / "checkpoints" / str(steps[-1])
+    for file in sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file()):
+        for damage in (bytes.__len__, lambda data: -1):  # zeroed, or deleted
+            folder = tmp_path / "checkpoints"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(undisturbed / "checkpoints", folder)
+            path = folder / str(steps[-1]) / file
+            size = damage(path.read_bytes())
+            path.unlink() if size < 0 else path.write_bytes(bytes(size or 1))
+            with Checkpoints(folder) as checkpoints:
+                assert checkpoints.latest_step() == steps[-2], file
+    complete([*tiny_job, *OFTEN, "--config.num_steps=40"], tmp_path)
+    assert_same_checkpoint(tmp_path, undisturbed, 40)
+
+
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]
+CALM = [
+    "--config.num_steps=100", "--config.batch_size=32", "--config.eval.every_steps=100",
+    "--config.log_every_steps=1", "--config.optimizer.learning_rate=1e-4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def layouts(
+    tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[tuple[int, int], Path]]:
+    """Returns a function that runs a job on each number of processes and devices of each."""
+
+    def run(*flags: str) -> dict[tuple[int, int], Path]:
+        folders = {}
+        for processes, devices in LAYOUTS:
+            workdir = tmp_path_factory.mktemp(f"layout_{processes}x{devices}")
+            job = [*tiny_job, *CALM, *flags]
+            if processes == 1:
+                complete(job, workdir, devices)
+            else:
+                results = finish(start_group(job, workdir, processes, devices))
+                assert [code for code, *_ in results] == [0] * processes, results
+            folders[processes, devices] = workdir
+        return folders
+
+    return run
+
+
+def test_strict_runs_have_the_same_bits_on_every_layout(
+    layouts: Callable[..., dict[tuple[int, int], Path]],
+) -> None:
+    folders = layouts("--config.strict_determinism=True")
+    for layout in LAYOUTS[1:]:
+        assert_same_checkpoint(folders[layout], folders[1, 1], 100)
+
+
+def test_runs_on_every_layout_agree(
+    layouts: Callable[..., dict[tuple[int, int], Path]],
+) -> None:
+    folders = layouts()
+    alone = saved(folders[1, 1], 100)
+    for layout in LAYOUTS[1:]:
+        other = saved(folders[layout], 100)
+        gaps = [
+            np.abs(other[name] - alone[name]).max() for name in alone if name.startswith("params")
+        ]
+        print(layout, max(gaps))
+        assert max(gaps) < 1e-6
+
+
+def test_a_checkpoint_moves_between_eight_one_and_four_devices(
+    tiny_job: list[str], tmp_path: Path
+) -> None:
+    """Restored and saved again without a step between, every bit is as it was."""
+    flags = [*tiny_job, "--config.batch_size=16", "--config.eval.batch_size=16"]
+    complete([*flags, "--config.num_steps=2"], tmp_path, devices=8)
+    first = saved(tmp_path, 2)
+    move = (
+        "import sys; from pathlib import Path; from hccr_jax import main, sharding\n"
+        "from hccr_jax.checkpoint import Checkpoints; from hccr_jax.job import create_job\n"
+        "from hccr_jax.startup import Timeline\n"
+        "from hccr_jax.train import _about, _items, _restore\n"
+        "folder = Path(sys.argv[1]) / 'checkpoints'\n"
+        "job = create_job(main.parse(['main', *sys.argv[2:]]).config, Timeline())\n"
+        "with Checkpoints(folder, 5, 5) as checkpoints:\n"
+        "    state = _restore(job, checkpoints)\n"
+        "    averages = checkpoints.restore(\n"
+        "        int(state.step), {'eval_batch_stats': state.batch_stats},\n"
+        "        sharding.replicated(job.network.mesh),\n"
+        "    )['eval_batch_stats']\n"
+        "    items = _items(state, averages)\n"
+        "    checkpoints.save(int(state.step), items, _about(job), {'top1': 0.5})\n"
+    )
+    for devices in (1, 4):
+        subprocess.run(
+            [sys.executable, "-c", move, str(tmp_path), *flags, "--config.num_steps=2"],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}, cwd=ROOT, check=True,
+        )  # fmt: skip
+        moved = saved(tmp_path, 2)
+        assert {k: v.tobytes() for k, v in moved.items()} == {
+            k: v.tobytes() for k, v in first.items()
+        }
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Returns a file system of 8 MiB, or skips the test where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_refused_before_and_told_during_a_run(
+    tiny_job: list[str], small_disk: Path
+) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(8 << 20 >> 1))
+    often = [*tiny_job, "--config.checkpoint.every_steps=5", "--config.eval.every_steps=10"]
+    process = run_main([*often, "--config.num_steps=1000000"], small_disk / "run")
+    while not steps_saved(small_disk / "run"):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(9 << 20))  # takes what there is
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, said
+    assert "Traceback" not in said, said
+    last = said.strip().splitlines()[-1]
+    assert "No space left on device" in said, last
+    with Checkpoints(small_disk / "run" / "checkpoints") as checkpoints:
+        good = checkpoints.latest_step()
+    assert good
+    process = run_main([*often, "--config.num_steps=1000000"], small_disk / "run")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, said
+    assert re.search(r"No space left on device: \d+ MiB are needed", said), said
+    filler.unlink()
+    complete([*often, f"--config.num_steps={good + 3}"], small_disk / "run")
+
+
+def test_a_second_run_on_a_workdir_is_refused_every_time(
+    tiny_job: list[str], tmp_path: Path
+) -> None:
+    first = run_main([*tiny_job, "--config.num_steps=1000000"], tmp_path)
+    try:
+        while not rows(tmp_path):
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.05)
+        for _ in range(5):  # four at a time
+            others = [run_main(tiny_job, tmp_path) for _ in range(4)]
+            for other in others:
+                said = other.communicate(timeout=120)[1]
+                assert other.returncode == 2, said
+                assert said.count("\n") == 1, said
+    finally:
+        first.kill()
+        first.communicate()
+
+
+MALFORMED = [
+    "batch_size=-5", "batch_size=0", "batch_size=1.5", "batch_size=many", "num_steps=-1",
+    "num_epochs=nan", "optimizer.learning_rate=nan", "optimizer.learning_rate=0.0",
+    "optimizer.learning_rate=-1.0", "optimizer.learning_rate=inf", "optimizer.name=adamm",
+    "optimizer.schedule=linear", "optimizer.decay_rate=2.0", "optimizer.decay_epochs=0.0",
+    "model.name=mobilenet", "model.width=0.0", "model.dropout_rate=1.0", "model.dropout=0.1",
+    "model.stem_stride=3", "model.dtype=float16", "data.image_px=0", "data.margin_px=32",
+    "data.placement=gpu", "augment.rotate_deg=400.0", "augment.flip_prob=0.5",
+    "augment.resize_min=3.0", "loss.label_smoothing=1.0", "eval.views=9", "seed=-1",
+    "gradient_accumulation_steps=0", "strict_determinism=maybe", "checkpoint.keep_latest=0",
+]  # fmt: skip
+
+
+def test_malformed_configs_are_refused_at_once(tiny_job: list[str], tmp_path: Path) -> None:
+    assert len(MALFORMED) >= 30
+    for change in MALFORMED:
+        start = time.monotonic()
+        process = run_main([*tiny_job, f"--config.{change}"], tmp_path / "run")
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 2, (change, said)
+        assert said.count("\n") == 1, (change, said)
+        assert time.monotonic() - start < 2, change
+    assert not (tmp_path / "run").exists()
+
+
+# Runs the main job; at SIGUSR1 its main thread waits for ever, as for a disk that does not answer.
+HANG = """
+import signal, sys, time
+from hccr_jax import main, processes, signals
+signals.install()
+signal.signal(signal.SIGUSR1, lambda number, frame: time.sleep(1e6))
+processes.leave(main.main(["main", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("event", ["kill", "stop", "stall"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_others(
+    tiny_job: list[str], tmp_path: Path, event: str, victim: int
+) -> None:
+    """A second process is killed, stopped, or its step hangs, in the middle of the run."""
+    seconds = 5.0
+    flags = [
+        *tiny_job, "--config.num_steps=1000000", "--config.eval.every_steps=1000000",
+        f"--config.watchdog_seconds={seconds}",
+    ]  # fmt: skip
+    group = start_group(flags, tmp_path, num_processes=2, program=("-c", HANG))
+    try:
+        while len(rows(tmp_path)) < 20:
+            for process in group:
+                assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        start, lost, left = time.monotonic(), group[victim], group[1 - victim]
+        if event == "kill":
+            lost.kill()
+        elif event == "stop":
+            lost.send_signal(signal.SIGSTOP)
+        else:
+            lost.send_signal(signal.SIGUSR1)
+        said = left.communicate(timeout=seconds + 20)[1]
+        took = time.monotonic() - start
+        assert left.returncode not in (0, 143), said
+        assert took < seconds + 10, took
+        if event != "kill" and victim == 1:
+            assert "late: process 1" in said, said
+    finally:
+        for process in group:
+            process.kill()
+            process.communicate()
+
+
+def test_twenty_thousand_steps_leave_memory_and_files_flat(
+    tiny_job: list[str], tmp_path: Path
+) -> None:
+    flags = [
+        *tiny_job, "--config.num_steps=20000", "--config.log_every_steps=50",
+        "--config.eval.every_steps=1000", "--config.checkpoint.every_steps=500",
+    ]  # fmt: skip
+    process, seen = run_main(flags, tmp_path), {}
+    while process.poll() is None:
+        done = rows(tmp_path)
+        if done and done[-1]["step"] // 2000 not in seen:
+            handles = len(os.listdir(f"/proc/{process.pid}/fd"))
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024
+            seen[done[-1]["step"] // 2000] = handles, memory
+        time.sleep(0.2)
+    assert process.returncode == 0, process.communicate()[1]
+    print(seen)
+    handles, memory = zip(*(seen[key] for key in sorted(seen) if key >= 1), strict=True)
+    assert max(handles) <= handles[0] + 4
+    assert max(memory) < memory[0] + 30, "MiB"
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 1 << 20

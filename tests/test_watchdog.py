@@ -1,0 +1,63 @@
+"""The watchdog ends what is stuck and leaves alone what is slow or was stopped as a whole."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def run(body: str) -> subprocess.Popen[str]:
+    code = f"import time\nfrom hccr_jax import watchdog\n{body}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_step_that_does_not_end_is_told_with_all_stacks() -> None:
+    process = run("""
+def step_that_hangs():
+    time.sleep(600)
+watchdog.start(0.5)
+watchdog.beat("the steps after 41")
+print(flush=True)
+step_that_hangs()
+""")
+    process.stdout.readline()
+    start = time.monotonic()
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - start < 10.5
+    assert process.returncode == 1
+    assert "stuck: the steps after 41 for" in said
+    assert "in step_that_hangs" in said
+    assert "a resume goes on from the last checkpoint" in said
+
+
+def test_what_is_said_to_be_slow_may_take_ten_times_as_long() -> None:
+    process = run("""
+watchdog.start(0.5)
+watchdog.beat("compiling", watchdog.SLOW)
+time.sleep(1.5)
+watchdog.stop()
+time.sleep(6)
+""")
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_was_stopped_as_a_whole_is_not_stuck() -> None:
+    process = run("""
+watchdog.start(2.0)
+for _ in range(60):
+    watchdog.beat("steps")
+    print(flush=True)
+    time.sleep(0.1)
+""")
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (0, "")
