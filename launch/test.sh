@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fresh machine → .venv → the test suite: launch/test.sh [pytest arguments]
-# Paths among the arguments start at the repository root. Slow tests run with -m slow.
+# Paths among the arguments start at the repository root. Slow tests run with -m slow, those of damage with -m faults.
 set -euo pipefail
 
 # shellcheck source=environment.sh
@@ -8,7 +8,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
 cd -- "$root"
 
-marks=(-m "not slow")
+marks=(-m "not slow and not faults")
 for argument in "$@"; do
   [[ "$argument" != -m* ]] || marks=()
 done
