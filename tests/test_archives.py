@@ -1,6 +1,9 @@
 """Archives as CASIA publishes them, old names and new, whole and damaged."""
 
 import os
+import re
+import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -155,6 +158,124 @@ def test_a_flipped_bit_fails_the_crc(tmp_path: Path) -> None:
     kept = list(archives.read_member(member, lambda reason, lost: faults.append((reason, lost))))
     assert sum(lost for _, lost in faults) + len(kept) * len(MEMBER) == len(MEMBER) * 3
     assert faults[0][0] == "damaged zip member, rest of it lost"
+
+
+def forge(path: Path, name: str, field: int, layout: str, value: int) -> None:
+    """Overwrites a field of the directory's header of one entry, by its offset in the header."""
+    data = bytearray(path.read_bytes())
+    header = data.rindex(name.encode()) - 46
+    struct.pack_into(layout, data, header + field, value)
+    path.write_bytes(data)
+
+
+def refusal(path: Path) -> str:
+    """Returns why an archive is refused; passed over, what is lost must be counted in full."""
+    with pytest.raises(InputError) as caught:
+        [list(archives.read_member(member)) for member in archives.list_members([path])]
+    lost: list[int] = []
+    kept = 0
+    for member in archives.list_members([path], lambda reason, size: lost.append(size)):
+        before = len(lost)
+        records = archives.read_member(member, lambda reason, size: lost.append(size))
+        read = sum(10 + record.bitmap.size for record in records)
+        assert sum(lost[before:]) == max(member.num_bytes - read, 0)
+        kept += read
+    assert kept >= len(MEMBER), "the sound member is kept"
+    assert lost
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../1002-c.gnt", "a/../../1002-c.gnt", "/1002-c.gnt", "\\1002-c.gnt", "a\\..\\1002.gnt"),
+        *(
+            "C:1002-c.gnt",
+            "C:\\1002-c.gnt",
+            "..",
+            "10\n02-c.gnt",
+            "10\x1b[2J02.gnt",
+            "9" * 256 + ".gnt",
+        ),
+    ],
+)
+def test_names_that_lead_outside_or_cannot_be_shown_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", name)
+    message = refusal(path)
+    assert f"HWDB1.1trn_gnt.zip: {name[:255]!r}: its name " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "layout", "value", "message"),
+    [
+        (38, "<I", 0o120777 << 16, "'1002-c.gnt': a link or a device, not a file"),
+        (38, "<I", 0o010644 << 16, "'1002-c.gnt': a link or a device, not a file"),
+        (8, "<H", 1, "'1002-c.gnt': encrypted"),
+        (10, "<H", 14, "'1002-c.gnt': compressed with method 14: pack it with deflate"),
+        (10, "<H", 99, "'1002-c.gnt': compressed with method 99: pack it with deflate"),
+        (16, "<I", 7, "1002-c.gnt: cannot be unpacked: Bad CRC-32"),
+        (24, "<I", 9999, "1002-c.gnt: cannot be unpacked: 9999 bytes declared, 3010 found"),
+        (24, "<I", 3009, "1002-c.gnt: cannot be unpacked: 3009 bytes declared, 3010 found"),
+        (24, "<I", 2000, "1002-c.gnt: cannot be unpacked: Bad CRC-32"),
+        (24, "<I", 0xFFFFFFF0, "'1002-c.gnt': with it the archive unpacks to over 100 times its"),
+        (42, "<I", 9, "'1002-c.gnt': damaged: Bad magic number for file header"),
+        (46 + 7, "<B", ord("p"), "'1002-c.pnt': damaged: File name in directory"),
+    ],
+)
+def test_a_forged_header_is_refused_by_name(
+    tmp_path: Path, field: int, layout: str, value: int, message: str
+) -> None:
+    path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", "1002-c.gnt", "1003-c.gnt")
+    forge(path, "1002-c.gnt", field, layout, value)
+    assert message in refusal(path)
+
+
+def test_entries_of_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", "1002-c.gnt", "1003-c.gnt")
+    with zipfile.ZipFile(path) as archive:
+        size = archive.getinfo("1001-c.gnt").compress_size
+    forge(path, "1001-c.gnt", 20, "<I", size + 50)
+    assert re.search("'1001-c.gnt': .*[Oo]verlap", refusal(path))
+
+
+def test_an_entry_that_the_directory_hides_is_missed(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", "1002-c.gnt", "1003-c.gnt")
+    forge(path, "1001-c.gnt", 32, "<H", 46 + len("1002-c.gnt"))  # becomes a comment
+    with pytest.raises(InputError, match="3 entries declared, 2 listed"):
+        archives.list_members([path])
+
+
+def test_thousands_of_entries_are_read(tmp_path: Path) -> None:
+    names = [f"{number}-c.gnt" for number in range(3000)]
+    path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", *names, data=MEMBER[:0])
+    assert len(archives.list_members([path])) == 3000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_files_that_cannot_be_read_or_named_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1001-c.gnt")
+    with pytest.raises(InputError, match=r"1001-c.gnt: not a file"):
+        archives.list_members([tmp_path])
+    (tmp_path / "1001-c.gnt").unlink()
+    (tmp_path / "1001-c.gnt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"1001-c.gnt: not a file, or a link that leads nowhere"):
+        archives.list_members([tmp_path])
+    (tmp_path / "1001-c.gnt").unlink()
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xc1\xb7.gnt")).write_bytes(MEMBER)
+    with pytest.raises(InputError, match="a broken encoding in its name: rename it"):
+        archives.list_members([tmp_path])
+
+
+def test_no_byte_is_counted_as_lost_twice(tmp_path: Path) -> None:
+    path = tmp_path / "HWDB1.1tst_gnt.zip"
+    empty = struct.pack("<I2sHH", 10, b"\xb0\xa2", 0, 5)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("1241-c.gnt", MEMBER + empty + MEMBER)
+    data = bytearray(path.read_bytes())
+    data[len(MEMBER) * 2] ^= 1  # shows after the first record
+    path.write_bytes(data)
+    refusal(path)
 
 
 def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
+import stat
+import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +37,24 @@ _SPLIT_NAME = re.compile(
     r"(?:(?<![A-Za-z])|(?=T[rse]))(?i:(trn|train)|tst|test)(?:ing|set)?(?![a-z])"
 )
 _WRITER = re.compile(r"([A-Za-z]?\d+)(?:-\w+)?")
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
+# What zipfile raises on damaged bytes; the last three for names, offsets and entries that are none.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError),
+    *(ValueError, OverflowError, KeyError),
+)
 _CHUNK_BYTES = 1 << 20
+# Bounds on what an archive may ask of its reader. CASIA's have some hundred entries and unpack to
+# 3 or 4 times their size; deflate reaches a thousand times on blank paper, which a small archive
+# may hold.
+_MAX_ENTRIES = 10_000
+_MAX_DIRECTORY_BYTES = _MAX_ENTRIES << 10
+_MAX_RATIO = 100
+_ALWAYS_UNPACKED = 256 << 20
+_MAX_NAME = 255
+_SHOWN_SUFFIXES = 5
+_LOCAL_HEADER_BYTES = 30
+_END_RECORD = b"PK\x05\x06"
+_LOCATOR_OF_ZIP64 = b"PK\x06\x07"
 
 OnFault = Callable[[str, int], None]
 
@@ -76,10 +96,14 @@ def list_members(paths: Sequence[str | Path], on_fault: OnFault | None = None) -
     The split comes from the nearest name that says trn/train or tst/test (folders inside the zip,
     the zip, folders up to the one given), else from the official writer numbers.
 
+    Every entry of a zip must be sound, also one that is no GNT file: a name that stays inside, no
+    link, no password, stored or deflated, both its headers agreeing, not running over into the
+    next entry, and the sizes together within a hundred times the archive's (or 256 MiB).
+
     Args:
       paths: zips, folders or `.gnt` files.
-      on_fault: called with (reason, bytes lost) for a file without usable members, which is then
-        passed over; None stops at the first.
+      on_fault: called with (reason, bytes lost) for a file without usable members and for an
+        unsound entry of a zip, which are then passed over; None stops at the first.
 
     Returns:
       The members ordered by split, writer and source.
@@ -87,13 +111,13 @@ def list_members(paths: Sequence[str | Path], on_fault: OnFault | None = None) -
     Raises:
       InputError: a path is missing or unreadable, no member is found, a member's split cannot be
         told, or one writer comes from two members; without `on_fault` also a damaged archive, one
-        without images, one that needs another program to unpack.
+        without images, one that needs another program to unpack, one with an unsound entry.
     """
     members: list[Member] = []
     for path in map(Path, paths):
         for root, file in _files(path):
             try:
-                members += _members_of_file(root, file)
+                members += _members_of_file(root, file, on_fault)
             except _UnusableError as error:
                 if on_fault is None:
                     raise
@@ -109,25 +133,36 @@ def read_member(member: Member, on_fault: OnFault | None = None) -> Iterator[gnt
 
     Args:
       member: what to read.
-      on_fault: as in `gnt.read_records`. Where the zip itself is damaged (a bad CRC among others)
-        the records read before the damage shows are kept and the rest of the member is lost.
+      on_fault: as in `gnt.read_records`. Where the zip itself is damaged (a bad CRC or another size
+        than declared among others) the records read before the damage shows are kept and the rest
+        of the member is lost. Records and losses add up to `member.num_bytes` at least.
 
     Raises:
       InputError: at a fault, if `on_fault` is None.
     """
-    end = 0
+    lost: list[int] = []
+
+    def lose(reason: str, num_bytes: int) -> None:
+        lost.append(num_bytes)
+        if on_fault:
+            on_fault(reason, num_bytes)
+
+    kept = 0
     try:
         with _open(member) as stream:
-            for record in gnt.read_records(stream, member.source, on_fault):
-                end = record.offset + gnt.HEADER.size + record.bitmap.size
+            for record in gnt.read_records(stream, member.source, lose if on_fault else None):
+                kept += gnt.HEADER.size + record.bitmap.size
                 yield record
+        found = kept + sum(lost)
+        if found != member.num_bytes:
+            raise EOFError(f"{member.num_bytes} bytes declared, {found} found")
     except InputError as error:
         raise InputError(f"{error}; --on_error=skip goes on without it") from None
     except _DAMAGE as error:
         if on_fault is None:
             message = f"{member.source}: cannot be unpacked: {error}"
             raise InputError(f"{message}; --on_error=skip goes on without it") from error
-        on_fault("damaged zip member, rest of it lost", max(member.num_bytes - end, 0))
+        on_fault("damaged zip member, rest of it lost", max(member.num_bytes - kept - sum(lost), 0))
 
 
 def validation_writers(writers: Sequence[str]) -> frozenset[str]:
@@ -172,8 +207,10 @@ def _open(member: Member) -> BinaryIO:
     if not member.name:
         return open(member.path, "rb")
     with zipfile.ZipFile(member.path) as archive:
+        entry = archive.getinfo(member.name)
+        entry.file_size += 1  # else zipfile would cut off in silence what goes beyond
         # The member keeps the file open by itself until it is closed.
-        return archive.open(member.name)  # type: ignore[return-value]
+        return archive.open(entry)  # type: ignore[return-value]
 
 
 class _UnusableError(InputError):
@@ -202,32 +239,122 @@ def _files(path: Path) -> Iterator[tuple[Path, Path]]:
                 yield path.absolute(), Path(folder, name)
 
 
-def _members_of_file(root: Path, file: Path) -> list[Member]:
-    if file.suffix.lower() == ".alz":
-        raise _UnusableError(file, "unpack it with `unalz` and give the folder with its .gnt files")
+def _members_of_file(root: Path, file: Path, on_fault: OnFault | None) -> list[Member]:
+    if not file.is_file():
+        raise InputError(f"{file}: not a file, or a link that leads nowhere")
     if not os.access(file, os.R_OK):
         raise InputError(f"{file}: cannot be read: permission denied")
+    if _has_control_characters(f"{file.parent.name}/{file.name}"):
+        raise _UnusableError(file, "control characters or a broken encoding in its name: rename it")
+    if file.suffix.lower() == ".alz":
+        raise _UnusableError(file, "unpack it with `unalz` and give the folder with its .gnt files")
     above = [file.parent, *file.parent.parents]
     names = [folder.name for folder in above[: above.index(root) + 1]]
     if file.suffix.lower() == ".gnt":
         return [_member(file, "", names, file.stat().st_size, _file_crc32(file))]
     _check_md5(file)
+    names.insert(0, file.stem)
+    members = []
+    for entry, fault in _entries(file):
+        if not fault:
+            if _is_wanted(entry):
+                members.append(_member(file, entry.filename, names, entry.file_size, entry.CRC))
+        elif on_fault is None:
+            name = entry.filename[:_MAX_NAME]
+            raise InputError(f"{file}: {name!r}: {fault}; --on_error=skip passes it over")
+        else:
+            on_fault(f"unusable entry of {file.name}", entry.file_size)
+    return members
+
+
+def _entries(file: Path) -> list[tuple[zipfile.ZipInfo, str]]:
+    """Returns the entries of a zip in the order of their bytes, with what is wrong with each."""
     try:
+        count, directory_bytes = _end_record(file)
+        if count > _MAX_ENTRIES or directory_bytes > _MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(
+                f"{count} entries listed in {directory_bytes} bytes, at most {_MAX_ENTRIES} in "
+                f"{_MAX_DIRECTORY_BYTES} are read"
+            )
         with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            if len(entries) != count:
+                raise zipfile.BadZipFile(f"{count} entries declared, {len(entries)} listed")
+            faults = [_entry_fault(archive, entry) for entry in entries]
     except _DAMAGE as error:
         message = f"not a zip archive, or damaged ({error}): download it again"
         raise _UnusableError(file, message) from error
-    # macOS adds shadow entries of its own, which repeat the members' names.
-    entries = [entry for entry in entries if not entry.filename.startswith("__MACOSX/")]
-    wanted = [entry for entry in entries if entry.filename.lower().endswith(".gnt")]
-    if not wanted:
-        raise _UnusableError(file, _why_no_members([entry.filename for entry in entries]))
-    names.insert(0, file.stem)
-    return [_member(file, e.filename, names, e.file_size, e.CRC) for e in wanted]
+    if not any(map(_is_wanted, entries)):
+        raise _UnusableError(file, _why_no_members(entries))
+    room = max(_ALWAYS_UNPACKED, _MAX_RATIO * file.stat().st_size)
+    sound = [index for index, fault in enumerate(faults) if not fault]
+    for index, following in itertools.zip_longest(sound, sound[1:]):
+        entry = entries[index]
+        end = entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size
+        if following is not None and end > entries[following].header_offset:
+            faults[index] = f"overlaps {entries[following].filename!r}"
+        elif entry.file_size > room:
+            faults[index] = f"with it the archive unpacks to over {_MAX_RATIO} times its size"
+        else:
+            room -= entry.file_size
+    return list(zip(entries, faults, strict=True))
 
 
-def _why_no_members(names: list[str]) -> str:
+def _end_record(file: Path) -> tuple[int, int]:
+    """Returns how many entries a zip declares and the bytes of their directory.
+
+    zipfile bounds neither, nor does it miss what the directory lacks. (0, 0) where there is no end
+    record.
+    """
+    with open(file, "rb") as stream:
+        stream.seek(-min(file.stat().st_size, 1 << 17), os.SEEK_END)
+        tail = stream.read()
+    place = tail.rfind(_END_RECORD)
+    if not 0 <= place <= len(tail) - 22:
+        return 0, 0
+    if place >= 76 and tail[place - 20 : place - 16] == _LOCATOR_OF_ZIP64:
+        return struct.unpack_from("<QQ", tail, place - 44)
+    return struct.unpack_from("<HI", tail, place + 10)
+
+
+def _entry_fault(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
+    """Returns what is wrong with an entry, seen alone, by its two headers; "" if nothing."""
+    name = entry.orig_filename
+    folders = re.split(r"[/\\]", name)
+    if not folders[0] or ".." in folders or re.match("[A-Za-z]:", name):
+        return "its name leads outside the archive"
+    if len(name) > _MAX_NAME or _has_control_characters(name):
+        return f"its name has more than {_MAX_NAME} characters, or control characters"
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "a link or a device, not a file"
+    if entry.flag_bits & 1:
+        return "encrypted"
+    # Other methods unpack whole blocks, however large they come out.
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"compressed with method {entry.compress_type}: pack it with deflate"
+    try:
+        archive.open(entry).close()
+    except _DAMAGE as error:
+        return f"damaged: {error}"[:_MAX_NAME]
+    return ""
+
+
+def _is_wanted(entry: zipfile.ZipInfo) -> bool:
+    return entry.filename.lower().endswith(".gnt") and not _is_shadow(entry)
+
+
+def _is_shadow(entry: zipfile.ZipInfo) -> bool:
+    """Tells the entries that macOS adds, which repeat the members' names."""
+    return entry.filename.startswith("__MACOSX/")
+
+
+def _has_control_characters(name: str) -> bool:
+    """Tells what can garble a message (control, direction) or has no encoding (surrogates)."""
+    return any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in name)
+
+
+def _why_no_members(entries: list[zipfile.ZipInfo]) -> str:
+    names = [e.filename for e in entries if not (e.is_dir() or _is_shadow(e))]
     if not names:
         return "the archive is empty"
     suffixes = {Path(name).suffix.lower() for name in names}
@@ -239,7 +366,8 @@ def _why_no_members(names: list[str]) -> str:
         return "holds features (.mpf), not images: take the archive with `gnt` in its name"
     if ".zip" in suffixes:
         return "holds zip archives: unpack it and give the folder"
-    return f"holds no .gnt member, only {', '.join(sorted(suffixes))}"
+    shown = sorted(filter(str.isprintable, suffixes))[:_SHOWN_SUFFIXES]
+    return f"holds no .gnt member, only {', '.join(shown)}"
 
 
 def _member(file: Path, name: str, names: list[str], num_bytes: int, crc32: int) -> Member:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,11 @@ from hccr_jax.errors import InputError
 
 # Small enough to keep all cores busy on a small set, large enough that the full one has few files.
 _SHARD_BYTES = 24 << 20
+# A class is of unusual size when it is off the median by more than this part and this number of
+# images: real classes of HWDB1.1 lack a few of 240 writers.
+_UNUSUAL_PART = 1 / 3
+_UNUSUAL_COUNT = 3
+_SHOWN_DOUBTS = 3
 
 Counts = collections.Counter[Any]
 
@@ -247,7 +253,10 @@ def _characters(shards: Sequence[_Shard]) -> Counts:
 def _manifest(
     members: Sequence[Member], shards: Sequence[_Shard], skipped_before: Counts
 ) -> dict[str, Any]:
-    """Returns what the data set holds, as JSON: characters by split, archive, writer, class."""
+    """Returns what the data set holds, as JSON: characters by split, archive, writer, class.
+
+    `doubts` are lines for a person, on what may be wrong though it can be read.
+    """
     skipped = sum((shard.skipped for shard in shards), Counts(skipped_before))
     archives: Counts = Counts()
     writers: dict[str, Counts] = {}
@@ -273,4 +282,37 @@ def _manifest(
             for (reason, unit), count in sorted(skipped.items())
             if unit == "count"
         },
+        "doubts": _doubts(shards, ordered),
     }
+
+
+def _doubts(shards: Sequence[_Shard], classes: dict[str, dict[str, int]]) -> list[str]:
+    """Returns a few lines on what hints at wrong tags: a writer of CASIA writes each class once."""
+    repeats = Counts(
+        {
+            f"{character} {count} times by writer {writer}": count
+            for (_, writer, character), count in sorted(_characters(shards).items())
+            if count > 1
+        }
+    )
+    doubts = []
+    if repeats:
+        doubts.append(f"written more than once by one writer: {_worst(repeats)}")
+    for split, counts in classes.items():
+        usual = statistics.median(counts.values())
+        distance = {
+            f"{character} has {count}": abs(count - usual)
+            for character, count in counts.items()
+            if abs(count - usual) > max(_UNUSUAL_PART * usual, _UNUSUAL_COUNT)
+        }
+        if distance:
+            message = f"classes of unusual size in {split}, where the median has {usual:g}"
+            doubts.append(f"{message}: {_worst(Counts(distance))}")
+    return doubts
+
+
+def _worst(findings: Counts) -> str:
+    """Returns the gravest findings and how many more there are, on one line."""
+    shown = [text for text, _ in findings.most_common(_SHOWN_DOUBTS)]
+    more = len(findings) - len(shown)
+    return ", ".join([*shown, *([f"{more:,} more"] if more else [])])

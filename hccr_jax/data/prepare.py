@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     print(_summary(prepared, time.monotonic() - start))
+    for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
+        print(f"warning: are the tags right? {doubt}", file=sys.stderr)
     return 0
 
 
