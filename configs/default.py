@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every_steps = 0  # 0: once an epoch
-    config.eval.batch_size = 256
+    config.eval.batch_size = 256  # images, or views of them
     # The network sees each image under so many slight turns and zooms, and in every mirroring; its
     # probabilities are averaged, the surer the more. Each view costs a pass.
     config.eval.views = 1

@@ -37,7 +37,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     check_classes(pretrained.classes, split.classes, pretrained.source)
 
     def answer(split: Split) -> Evaluation:
-        variables, size = (network.params, network.batch_stats), config.eval.batch_size
+        variables, size = (network.params, network.batch_stats), network.eval_batch_size
         return evaluate(network.eval_step, *variables, split, size, network.mesh)
 
     answers = answer(split)

@@ -78,6 +78,10 @@ def main(argv: list[str]) -> int:
 
         processes.join(values.config.watchdog_seconds or 300.0)
         timeline.lap("imports")
+        signals.explain_bus_errors(
+            f"run again, which goes on from the last checkpoint; if it comes again, prepare the "
+            f"data in {values.config.data.data_dir} anew"
+        )
         config, workdir = values.config, pathlib.Path(values.workdir).expanduser()
         if values.mode == "eval":
             train.evaluate_checkpoint(config, workdir, values.checkpoint)

@@ -30,6 +30,7 @@ class Network:
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
       num_views: of an image in an evaluation.
+      eval_batch_size: images of a batch in an evaluation, fewer the more views each has.
     """
 
     mesh: Mesh
@@ -39,7 +40,8 @@ class Network:
     batch_stats: Any
     summary: str
     multiply_adds: int
-    num_views: int = 1
+    num_views: int
+    eval_batch_size: int
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -71,7 +73,11 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
         views = create_views(options.views, options.flip_views, options.upright_prior)
     eval_step = make_eval_step(apply, mesh, views=views)
     num_views = len(views.maps) if views else 1
-    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, num_views)
+    # As many images as devices share, so that views need no more memory.
+    images = max(config.eval.batch_size // num_views // mesh.size, 1) * mesh.size
+    return Network(
+        mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, num_views, images
+    )
 
 
 def compute_dtype(config: ConfigDict) -> Any:

@@ -1,6 +1,8 @@
-"""SIGTERM and SIGINT: a run saves and leaves, or leaves at once where there is nothing to save."""
+"""Signals: a run saves and leaves, or leaves at once where there is nothing to save."""
 
 import contextlib
+import ctypes
+import faulthandler
 import os
 import signal
 import socket
@@ -65,6 +67,29 @@ def saving() -> Iterator[Asked]:
             watch.saves = False
     if watch.received:
         sys.exit(EXIT_CODE)
+
+
+def explain_bus_errors(remedy: str) -> None:
+    """Makes a bus error end the process with code 1, the stacks of all threads and a remedy.
+
+    A file that is mapped into memory and was cut short gives one where it is read. Python's own
+    handlers never run then, since the read is tried again for ever.
+    """
+    cause = "a file that is mapped into memory was cut short, or its disk failed"
+    text = f"\nbus error: {cause}: {remedy}\n"
+
+    @_HANDLER
+    def end(number: int) -> None:
+        faulthandler.dump_traceback()
+        os.write(2, text.encode())
+        os._exit(1)
+
+    _kept.append(end)
+    ctypes.CDLL(None).signal(signal.SIGBUS, end)
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_kept: list[object] = []  # what C code may call must not go
 
 
 def _listen(receiver: socket.socket, sender: socket.socket, watch: _Watch) -> None:

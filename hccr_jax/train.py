@@ -288,7 +288,7 @@ def _fresh_statistics(job: Job, state: TrainState) -> Any:
 def _validate(
     job: Job, state: TrainState, statistics: Any, leaves: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    size, network = job.config.eval.batch_size, job.network
+    size, network = job.network.eval_batch_size, job.network
     answers = evaluate(
         network.eval_step, state.eval_params, statistics, job.validation, size, network.mesh, leaves
     )

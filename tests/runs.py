@@ -48,7 +48,13 @@ def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Returns every array of a checkpoint by its path, read without this package."""
     arrays = {}
     for item in ("params", "eval_batch_stats", "progress"):
-        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        path = workdir.absolute() / "checkpoints" / str(step) / item
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            there = checkpointer.metadata(path).item_metadata.tree
+            # As NumPy arrays, whatever devices they were saved from.
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            arguments = ocp.args.PyTreeRestore(restore_args=kinds)
+            tree = checkpointer.restore(path, args=arguments)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return arrays

@@ -424,3 +424,49 @@ def test_twenty_thousand_steps_leave_memory_and_files_flat(
     assert max(handles) <= handles[0] + 4
     assert max(memory) < memory[0] + 30, "MiB"
     assert (tmp_path / "metrics.jsonl").stat().st_size < 1 << 20
+
+
+def test_a_data_file_that_is_cut_short_is_told_and_made_again(
+    tiny_job: list[str], tmp_path: Path
+) -> None:
+    data = f"--config.data.data_dir={tmp_path / 'data'}"
+    flags = [*tiny_job, data, "--config.batch_size=64", "--config.eval.every_steps=1000000"]
+    process = run_main([*flags, "--config.num_steps=1000000"], tmp_path / "run")
+    try:
+        while not rows(tmp_path / "run"):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        (images,) = (tmp_path / "data").rglob("normal_form/train-*/images.npy")
+        os.truncate(images, 200)
+        said = process.communicate(timeout=10)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    assert "bus error: a file that is mapped into memory was cut short" in said
+    assert "goes on from the last checkpoint" in said
+    complete([*flags, "--config.num_steps=2"], tmp_path / "again")
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from hccr_jax.data.workers import WorkerPool
+from tests_worker import die
+if __name__ == "__main__":
+    with WorkerPool() as pool:
+        try:
+            pool.run(die, [1, 2, 3], 3, "dying", "task")
+        except OSError as error:
+            print(error)
+"""
+    (tmp_path / "tests_worker.py").write_text(
+        "import os, signal\ndef die(task, advance):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "program.py").write_text(code)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )  # fmt: skip
+    assert "a worker process died" in done.stdout, done.stderr
+    assert time.monotonic() - start < 10

@@ -52,7 +52,8 @@ def load_split(
     """Returns a split of a prepared data set in normal form.
 
     The first call for a split, size and margin computes it on all cores and keeps it beside the
-    data set, from where later calls map it. Calls at the same time wait for the first.
+    data set, from where later calls map it. Calls at the same time wait for the first. What was
+    cut short since is computed again.
 
     Args:
       name: the data set, such as "casia_hwdb".
@@ -72,21 +73,38 @@ def load_split(
     folder = store.dataset_folder(name, data_dir)
     form = f"{split}-{image_px}px-{margin_px}margin-{aspect}"
     cache = folder / "normal_form" / f"{form}-{_code_version()}"
-    if not cache.exists():
+    classes, shape = tuple(manifest["classes"]), (count, image_px, image_px)
+    found = _read(cache, classes, shape)
+    if found is None:
         with store.exclusive(cache.parent / f"{form}.lock"):
-            if not cache.exists():
+            found = _read(cache, classes, shape)
+            if found is None:
+                shutil.rmtree(cache, ignore_errors=True)
                 _build(cache, folder, split, count, image_px, margin_px, aspect)
                 _remove_other_versions(cache, form)
-    names = json.loads((cache / "names.json").read_text("utf-8"))
-    rows = np.load(cache / "rows.npy")
-    return Split(
-        images=np.load(cache / "images.npy", mmap_mode="r"),
-        labels=np.ascontiguousarray(rows["label"]),
-        classes=tuple(manifest["classes"]),
-        writers=np.array(names["writers"])[rows["writer"]],
-        sources=np.array(names["sources"])[rows["source"]],
-        record_numbers=np.ascontiguousarray(rows["record"]),
-    )
+                found = _read(cache, classes, shape)
+    if found is None:
+        raise InputError(f"{cache}: cannot be read again: is the disk sound?")
+    return found
+
+
+def _read(cache: Path, classes: tuple[str, ...], shape: tuple[int, ...]) -> Split | None:
+    """Returns the split that a folder holds; None where it is missing or was cut short."""
+    try:
+        names = json.loads((cache / "names.json").read_text("utf-8"))
+        images, rows = np.load(cache / "images.npy", mmap_mode="r"), np.load(cache / "rows.npy")
+        if images.shape != shape or rows.shape != shape[:1]:
+            return None
+        return Split(
+            images=images,
+            labels=np.ascontiguousarray(rows["label"]),
+            classes=classes,
+            writers=np.array(names["writers"])[rows["writer"]],
+            sources=np.array(names["sources"])[rows["source"]],
+            record_numbers=np.ascontiguousarray(rows["record"]),
+        )
+    except (OSError, EOFError, ValueError, KeyError, IndexError):
+        return None
 
 
 def join_splits(first: Split, second: Split) -> Split:
