@@ -18,6 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+    # ml_collections loads a config file in a way that Python 3.12 drops.
+    config.addinivalue_line("filterwarnings", "ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

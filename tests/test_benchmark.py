@@ -38,9 +38,6 @@ ABOUT = {
     "cores", "copy_gigabytes_per_second", "product_teraflops", "commit", "versions",
 }  # fmt: skip
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:

@@ -11,9 +11,6 @@ from hccr_jax.models.registry import create_model, named_costs
 
 ROOT = Path(__file__).parents[1]
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def costs_of(name: str, image_px: int = 64, **arguments):
     arguments = {"num_classes": 3755, "channels": 1} | arguments

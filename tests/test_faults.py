@@ -20,10 +20,7 @@ from test_processes import finish, start_group
 
 from hccr_jax.checkpoint import Checkpoints
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
-]
+pytestmark = pytest.mark.faults
 
 OFTEN = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=20"]
 

@@ -24,9 +24,6 @@ from hccr_jax.suspects import detection
 
 ROOT = Path(__file__).parents[1]
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.333, 1.0])
 def test_as_many_labels_are_wrong_as_asked_for(share):

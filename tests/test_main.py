@@ -18,9 +18,6 @@ ROOT = Path(__file__).parents[1]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
 PAPER = ROOT / "configs" / "experiments" / "paper.py"
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def run(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process of its own, on one device."""

@@ -15,14 +15,12 @@ from scipy.stats import entropy
 from hccr_jax import main
 from hccr_jax.errors import InputError
 from hccr_jax.job import _load_teacher, create_job, load
+from hccr_jax.manifest import write_manifest
 from hccr_jax.network import Network
 from hccr_jax.pretrained import Pretrained, load_pretrained, start_from
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, DROPOUT
 from hccr_jax.train_step import row_keys, to_float
-
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +69,7 @@ def test_a_run_of_a_version_with_other_networks_is_told(
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     about = copy / "checkpoints/4/about/metadata"
     about.write_text(about.read_text("utf-8").replace('"width"', '"girth"'), "utf-8")
+    write_manifest(about.parents[1])
     with pytest.raises(InputError, match=r"copy/checkpoints/4: written by another .* option girth"):
         load_pretrained(copy, parse(tiny_job))
 

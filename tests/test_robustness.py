@@ -12,9 +12,6 @@ from hccr_jax.data.distortions import DRAW, Source, distort, distorted_images
 from hccr_jax.data.workers import WorkerPool
 from hccr_jax.job import dataset_name, load
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def blob(height: int, width: int, paper: int = 0) -> np.ndarray:
     """Returns smooth ink, inside a border of `paper` pixels of paper."""

@@ -9,9 +9,6 @@ from hccr_jax import scaling
 from hccr_jax.cli import load_config
 from hccr_jax.scaling import Links, efficiency, exchanges
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 LINKS = Links(gpus=8, nvlink=400e9, network=50e9, latency=20e-6, hop=5e-6)
 
 

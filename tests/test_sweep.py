@@ -37,9 +37,6 @@ NAMES = {
     "long": "long",
 }
 
-# ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture
 def file(tiny_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
