@@ -89,7 +89,12 @@ def main(argv: list[str]) -> int:
             train.train_and_evaluate(config, workdir, timeline)
     except InputError as error:
         return cli.report_error(error)
-    except (FloatingPointError, OSError) as error:
+    except OSError as error:  # where it does not tell which file, it is one of the run's
+        nameless = error.errno is not None and error.filename is None
+        place = f"{values.workdir}: {error.strerror}" if nameless else str(error)
+        print(f"\n{place}; what was saved before stays", file=sys.stderr)
+        return 1
+    except FloatingPointError as error:
         print(error, file=sys.stderr)
         return 1
     except SystemExit as stop:

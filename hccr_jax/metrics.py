@@ -1,5 +1,6 @@
 """What a run says about itself while it runs: metrics.jsonl, TensorBoard and the progress bar."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +36,18 @@ class MetricsWriter:
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row and moves the bar to its step."""
+        """Writes one row and moves the bar to its step.
+
+        Raises:
+          OSError: names the file.
+        """
         if not self._file:
             return
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._file.name}: could not be written: {error.strerror}") from error
         for name, value in row.items():
             self._events.add_scalar(name, value, step)
         self._shown.update({TITLES[k]: f"{v:.3f}" for k, v in row.items() if k in TITLES})
@@ -59,5 +67,7 @@ class MetricsWriter:
     ) -> None:
         if self._file:
             self._bar.close()
-            self._events.close()
-            self._file.close()
+            # Where nothing more can be written, the first failure has been told.
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self._events.close()
+                self._file.close()

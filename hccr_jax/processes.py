@@ -71,9 +71,12 @@ def agree(value: int) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; one that failed does not wait for the others, which are to notice."""
+    """Ends the process; one that failed does not wait for others, nor for threads that cannot end.
+
+    The others are to notice.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, 143) and are_several():
+    if code not in (0, 143):
         os._exit(code)
     sys.exit(code)

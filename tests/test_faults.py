@@ -288,16 +288,16 @@ def test_a_full_disk_is_refused_before_and_told_during_a_run(
     filler.write_bytes(bytes(8 << 20 >> 1))
     often = [*tiny_job, "--config.checkpoint.every_steps=5", "--config.eval.every_steps=10"]
     process = run_main([*often, "--config.num_steps=1000000"], small_disk / "run")
-    while not steps_saved(small_disk / "run"):
+    while not list((small_disk / "run" / "checkpoints").glob("*/manifest.json")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(9 << 20))  # takes what there is
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1, said
-    assert "Traceback" not in said, said
-    last = said.strip().splitlines()[-1]
-    assert "No space left on device" in said, last
+    last = said.strip().splitlines()[-1]  # a thread of TensorBoard's writer may complain before
+    assert last.startswith(str(small_disk / "run")), said
+    assert "No space left on device" in last, said
     with Checkpoints(small_disk / "run" / "checkpoints") as checkpoints:
         good = checkpoints.latest_step()
     assert good
