@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import v2
 
 WIDTH = 0.5
-EPOCHS = 10.0
+EPOCHS = 8.0
 
 # The baseline takes batch-norm statistics anew before each evaluation; the last group evaluates
 # with running averages as they are. Those play no part in training, so but for its last row the

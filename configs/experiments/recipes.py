@@ -6,7 +6,7 @@
   python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
     --output=docs/measured/recipes.jsonl
 
-Each experiment changes one thing in `configs/hwdb100.py` at half its width and epochs. Choose by
+Each experiment changes one thing in `configs/hwdb100.py` at half its width and 6 epochs. Choose by
 the validation writers: the test split is there to report on.
 """
 
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import hwdb100
 
-EPOCHS = 8.0
+EPOCHS = 6.0
 WIDTH = 0.5
 
 NAMES = {
