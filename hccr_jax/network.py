@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax import sharding
-from hccr_jax.augment import create_views
+from hccr_jax.augment import Views, create_views
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.train_state import INIT, stream_key
 from hccr_jax.train_step import make_eval_step
@@ -29,7 +29,7 @@ class Network:
       params, batch_stats: initial, on every device.
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
-      num_views: of an image in an evaluation.
+      views: of an image in an evaluation; None for the image alone.
     """
 
     mesh: Mesh
@@ -39,7 +39,12 @@ class Network:
     batch_stats: Any
     summary: str
     multiply_adds: int
-    num_views: int = 1
+    views: Views | None = None
+
+    @property
+    def num_views(self) -> int:
+        """Of an image in an evaluation."""
+        return len(self.views.maps) if self.views else 1
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -70,8 +75,7 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
         options = config.eval
         views = create_views(options.views, options.flip_views, options.upright_prior)
     eval_step = make_eval_step(apply, mesh, views=views)
-    num_views = len(views.maps) if views else 1
-    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, num_views)
+    return Network(mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, views)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
