@@ -160,7 +160,7 @@ def _find_files(name: str) -> list[str]:
 
 def _read_characters(recognizer: Any, reader: _Reader, files: list[str], own: Any) -> int:
     """Prints the answer to each picture and returns their number."""
-    from hccr_jax.data.pictures import to_bitmap
+    from hccr_jax.data.ink import to_bitmap
     from hccr_jax.recognizer import in_batches
 
     def items() -> Iterator[_Item]:

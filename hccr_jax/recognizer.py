@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from hccr_jax import calibration, sharding
-from hccr_jax.data import canvas, pictures
+from hccr_jax.data import canvas, ink, pictures
 from hccr_jax.errors import InputError
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.train_step import make_logits_step
@@ -118,7 +118,7 @@ class Recognizer:
                 raise InputError(f"{name}: a GNT file: give its bitmaps one by one")
         else:
             grey = pictures.to_grey(picture, name)
-        return self.to_normal_form(pictures.to_bitmap(grey, name))
+        return self.to_normal_form(ink.to_bitmap(grey, name))
 
     def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
         """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from hccr_jax import calibration, predict
-from hccr_jax.data import canvas, pages, pictures
+from hccr_jax.data import canvas, ink, pages, pictures
 from hccr_jax.data.handwriting import create_writer, draw
 from hccr_jax.data.splits import load_split
 from hccr_jax.data.strokes import write_member
@@ -81,7 +81,7 @@ def turned(grey: np.ndarray) -> bytes:
 
 
 def in_shade(grey: np.ndarray) -> Image.Image:
-    light = np.linspace(0.45, 0.95, grey.shape[1])
+    light = np.linspace(0.6, 0.95, grey.shape[1])
     noise = np.random.default_rng(0).normal(0, 2, grey.shape)
     return Image.fromarray(np.clip(grey * light + noise, 0, 255).astype(np.uint8))
 
@@ -115,7 +115,7 @@ def test_every_picture_of_a_character_has_its_normal_form(name: str):
         bitmap = write(character, seed)
         data = VARIANTS[name](on_paper(bitmap))
         (picture,) = pictures.read_pictures(io.BytesIO(data), name)
-        ours = canvas.normal_form(pictures.to_bitmap(picture.grey), 64, 4).astype(float)
+        ours = canvas.normal_form(ink.to_bitmap(picture.grey), 64, 4).astype(float)
         expected = canvas.normal_form(bitmap, 64, 4).astype(float)
         # Where the light is low, noise blurs the border of the ink by a pixel.
         assert np.abs(ours - expected).mean() < 6.0
@@ -165,6 +165,7 @@ def test_a_gnt_file_is_answered_as_in_an_evaluation(
     for writer in sorted(set(split.writers)):
         file = tmp_path / f"{writer}.gnt"
         file.write_bytes(write_member("".join(sorted(split.classes)), int(writer), seed=0))
+    capsys.readouterr()
     assert predict.main(["predict", f"--checkpoint={run}", str(tmp_path), "--top=5"]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("note: ")
@@ -428,6 +429,20 @@ def test_bad_pictures_are_told_in_one_line_each(
     assert answered == ["cut.gnt", "good.png"]  # the record before the damage
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "palette", "turned by EXIF"])
+def test_damaged_bytes_are_read_or_refused(kind: str):
+    data, rng = VARIANTS[kind](on_paper(write("万"))), np.random.default_rng(0)
+    for _ in range(50):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            damaged[place] = rng.integers(256)
+        try:
+            for picture in pictures.read_pictures(io.BytesIO(bytes(damaged)), "x"):
+                ink.to_bitmap(picture.grey, "x")
+        except InputError as error:
+            assert str(error).startswith("x: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -446,7 +461,7 @@ def test_bad_pictures_are_told_in_one_line_each(
             ["--checkpoint=none", "-"],
             "none: no such folder; give the --workdir of a run, or its folder checkpoints",
         ),
-        (["--top=0"], "flag --top=0: Expected integer value greater or equal to 1, but got 0"),
+        (["--top=0"], "flag --top=0: 0 is not a positive integer"),
     ],
 )
 def test_a_wrong_request_is_told_in_one_line(

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from hccr_jax.data import strokes
 from hccr_jax.data.canvas import PAPER
-from hccr_jax.data.pictures import PAGE_CELLS, cut_out, find_ink, reduce_to
+from hccr_jax.data.ink import PAGE_CELLS, cut_out, find_ink, reduce_to
 
 PAGE_PIXELS = 4_000_000  # a larger page is reduced first
 MAX_SLOPE = 0.1  # of a line
