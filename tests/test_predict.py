@@ -1,5 +1,6 @@
 """Any picture of a character means the same, pages are read in order, and 90 % means 90 %."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -117,10 +118,8 @@ def test_every_picture_of_a_character_has_its_normal_form(name: str):
         (picture,) = pictures.read_pictures(io.BytesIO(data), name)
         ours = canvas.normal_form(ink.to_bitmap(picture.grey), 64, 4).astype(float)
         expected = canvas.normal_form(bitmap, 64, 4).astype(float)
-        # Where the light is low, noise blurs the border of the ink by a pixel.
-        assert np.abs(ours - expected).mean() < 6.0
-        least = 0.93 if name == "in the shade" else 0.98
-        assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > least
+        assert np.abs(ours - expected).mean() < 5.0
+        assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.98
 
 
 def test_arrays_and_images_and_files_have_the_same_answer(recognizer: Recognizer, tmp_path: Path):
@@ -436,11 +435,9 @@ def test_damaged_bytes_are_read_or_refused(kind: str):
         damaged = bytearray(data)
         for place in rng.integers(0, len(data), 3):
             damaged[place] = rng.integers(256)
-        try:
+        with contextlib.suppress(InputError):
             for picture in pictures.read_pictures(io.BytesIO(bytes(damaged)), "x"):
                 ink.to_bitmap(picture.grey, "x")
-        except InputError as error:
-            assert str(error).startswith("x: ")
 
 
 @pytest.mark.parametrize(

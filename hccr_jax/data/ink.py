@@ -1,5 +1,6 @@
 """Ink on paper: told apart under any light, and made into bitmaps like CASIA's."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,7 +76,8 @@ def find_ink(grey: np.ndarray, cells: int) -> Ink | None:
         return None
     level = paper - 0.4 * (paper - float(np.median(dark)))
     mask = flat < min(level, paper - max(6.0 * noise, MIN_CONTRAST))
-    return Ink(np.minimum(np.rint(flat * (PAPER / paper)), PAPER).astype(np.uint8), mask)
+    clean = np.where(flat > paper - 3.0 * noise, PAPER, flat * (PAPER / paper))
+    return Ink(np.minimum(np.rint(clean), PAPER).astype(np.uint8), mask)
 
 
 def is_light_on_dark(grey: np.ndarray) -> bool:
@@ -101,7 +103,7 @@ def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
       mask: bool (H, W), the ink to take; some is there.
     """
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    reach = 1 + max(np.ptp(rows), np.ptp(columns)) // 64
+    reach = 1 + int(max(np.ptp(rows), np.ptp(columns))) // 64
     window = tuple(
         slice(max(int(places[0]) - reach, 0), int(places[-1]) + reach + 1)
         for places in (rows, columns)
@@ -112,8 +114,8 @@ def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     scale = (PAPER - wanted) / (PAPER - middle)
     bitmap = np.clip(PAPER - scale * (PAPER - grey.astype(np.float32)), 0, PAPER)
     bitmap = np.where(_dilate(mask, reach), np.rint(bitmap), PAPER).astype(np.uint8)
-    top, bottom, left, right = canvas.ink_box(bitmap) or (0, *bitmap.shape, 0)
-    return bitmap[top:bottom, left:right]
+    box = canvas.ink_box(bitmap)
+    return bitmap if box is None else bitmap[box[0] : box[1], box[2] : box[3]]
 
 
 def reduce_to(grey: np.ndarray, side_px: float) -> np.ndarray:
@@ -142,15 +144,15 @@ def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
     ]
     # A cell may be full of ink.
     closed = _of_neighbours(_of_neighbours(level, np.max), np.min)
-    weights = _fit_light(level, level > 0.85 * closed, _terms(*centres, grey.shape))
+    weights = _fit_light(level, level > 0.85 * closed, _terms(centres, grey.shape))
     if np.abs(weights[1:]).max() < 1.0:
         paper: Any = np.array([[weights[0]]])
         rest = level / weights[0]
     else:
         paper = np.zeros(grey.shape, np.float32)
-        for weight, term in zip(weights, _terms(*pixels, grey.shape), strict=True):
+        for weight, term in zip(weights, _terms(pixels, grey.shape), strict=True):
             paper += np.float32(weight) * term.astype(np.float32)
-        rest = level / np.maximum(np.tensordot(weights, _terms(*centres, grey.shape), 1), 1.0)
+        rest = level / np.maximum(np.tensordot(weights, _terms(centres, grey.shape), 1), 1.0)
     rest = _of_neighbours(_of_neighbours(rest, np.max), np.min)
     if np.ptp(rest) > 0.06:
         # Bilinear between the cells' centres.
@@ -163,9 +165,10 @@ def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
     return np.minimum(np.rint(grey * scale), PAPER).astype(np.uint8)
 
 
-def _terms(y: np.ndarray, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns 1, x, y, x y, x² and y², (6, len(y), len(x)), of places from -1 to 1."""
-    y, x = np.meshgrid(2 * y / shape[0] - 1, 2 * x / shape[1] - 1, indexing="ij")
+def _terms(places: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """Returns 1, x, y, x y, x² and y², (6, rows, columns), of places y and x in pixels."""
+    units = [2 * place / length - 1 for place, length in zip(places, shape, strict=True)]
+    y, x = np.meshgrid(*units, indexing="ij")
     return np.stack([np.ones_like(x), x, y, x * y, x * x, y * y])
 
 
