@@ -57,14 +57,15 @@ def find_checkpoints(path: str | Path) -> Path:
 
 
 def load_pretrained(
-    path: str | Path, config: ConfigDict, network: Network | None = None
+    path: str | Path, config: ConfigDict | None = None, network: Network | None = None
 ) -> Pretrained:
     """Returns the network of the best step of a run.
 
     Args:
       path: folder of a run, or its folder checkpoints.
       config: how to use it; the network, the images' normal form, the training split and which of
-        its labels were shuffled are the run's own.
+        its labels were shuffled are the run's own. None for the run's own, with a single view of
+        each image.
       network: of that run, where it is at hand, compiled.
 
     Raises:
@@ -80,12 +81,14 @@ def load_pretrained(
             )
         about = checkpoints.about(step)
         trained, classes = about["config"], tuple(about["classes"])
-        config = config.copy_and_resolve_references()
-        if unknown := sorted(trained["model"].keys() - config.model.keys()):
+        if unknown := [key for key in trained["model"] if f"model.{key}" not in config_lib.RULES]:
             raise InputError(
                 f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
                 f"have the option {unknown[0]}"
             )
+        if config is None:
+            config = ConfigDict(trained | {"eval": {"views": 1, "flip_views": False}})
+        config = config.copy_and_resolve_references()
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
         own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
