@@ -187,9 +187,7 @@ def export(
         part.unlink(missing_ok=True)
     golden = Golden(images, probabilities, reference, description)
     text = json.dumps(description, ensure_ascii=False)
-    np.savez_compressed(
-        _golden_path(output), **golden._replace(description=np.array(text))._asdict()
-    )
+    np.savez_compressed(_golden_path(output), **golden._asdict() | {"description": np.array(text)})
     return golden
 
 

@@ -217,6 +217,7 @@ def run(
         x = values[layer.inputs[0]]
         match layer.kind:
             case "conv" | "depthwise":
+                assert layer.weight is not None
                 y = _add_bias(convolution(x, layer.weight, layer.stride, layer.padding), layer)
             case "dense":
                 y = _add_bias(x @ layer.weight, layer)

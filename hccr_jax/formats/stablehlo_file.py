@@ -63,6 +63,6 @@ def _convolve(x: jax.Array, weight: np.ndarray, stride: int, padding: int) -> ja
         grouped = functools.partial(grouped_conv, stride=stride)
         return lax.platform_dependent(x, jnp.asarray(weight), cpu=shifted, default=grouped)
     return lax.conv_general_dilated(
-        x, weight, (stride, stride), [(padding, padding)] * 2,
+        x, jnp.asarray(weight), (stride, stride), [(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
