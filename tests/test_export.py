@@ -248,7 +248,7 @@ def test_what_lies_beside_the_file_tells_how_to_use_it(
     assert golden.images.shape == (16, 32, 32)
     assert golden.images.dtype == np.uint8
     assert golden.images[:, 0].max() == 0, "the margin is paper"
-    assert golden.images.max() > 200, "ink is high"
+    assert golden.images.max() > 127, "ink is high"
     module = jax.jit(export.trained_module(pretrained))
     expected = folded.softmax(np.asarray(module((golden.images / np.float32(255))[..., None])))
     np.testing.assert_allclose(golden.reference, expected, atol=1e-4)
