@@ -74,7 +74,7 @@ def _calibrate(pretrained: Pretrained, answers: Evaluation, split: Split) -> dic
     step = make_logits_step(network.apply, network.mesh, network.views)
 
     def read(split: Split, max_rows: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        variables, size = (network.params, network.batch_stats), config.eval.batch_size
+        variables, size = (network.params, network.batch_stats), network.eval_batch_size
         return read_logits(step, *variables, split, size, network.mesh, max_rows)
 
     batches = read(load(config, config.data.validation_split), calibration.FIT_IMAGES)

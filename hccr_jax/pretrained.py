@@ -81,15 +81,15 @@ def load_pretrained(
             )
         about = checkpoints.about(step)
         trained, classes = about["config"], tuple(about["classes"])
-        if config is None:
-            config = ConfigDict({**trained, "model": config_lib.MODEL_DEFAULTS | trained["model"]})
-            config.eval = ConfigDict(EVAL_DEFAULTS | trained["eval"])
-        config = config.copy_and_resolve_references()
-        if unknown := sorted(trained["model"].keys() - config.model.keys()):
+        if unknown := [key for key in trained["model"] if f"model.{key}" not in config_lib.RULES]:
             raise InputError(
                 f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
                 f"have the option {unknown[0]}"
             )
+        if config is None:
+            config = ConfigDict({**trained, "model": config_lib.MODEL_DEFAULTS | trained["model"]})
+            config.eval = ConfigDict(EVAL_DEFAULTS | trained["eval"])
+        config = config.copy_and_resolve_references()
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
         own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
