@@ -37,6 +37,7 @@ from hccr_jax.startup import prepare_process
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 STROKES_TYPE = "application/json"
+RUNTIME = "ort.wasm.bundle.min.mjs"  # beside a page that recognises by itself
 MAX_STROKES_BYTES = 1 << 19
 MAX_PICTURE_BYTES = 16 << 20
 TIMEOUT_SECONDS = 30  # for a request to arrive
@@ -96,6 +97,34 @@ def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
                 super().handle_error(request, client_address)
 
     return Server((host, port), Handler)
+
+
+def describe_for_browser(checkpoint: str) -> dict[str, Any]:
+    """Returns model.json of a page that recognises by itself, as launch/build_demo.sh writes it.
+
+    Args:
+      checkpoint: folder of a run, or its folder checkpoints.
+
+    Raises:
+      InputError: there is no such run.
+    """
+    from hccr_jax.pretrained import NORMAL_FORM, load_pretrained
+    from hccr_jax.recognizer import read_temperature
+
+    pretrained = load_pretrained(checkpoint)
+    temperature = read_temperature(pretrained)
+    views = pretrained.network.views
+    maps, weights = (views.maps, views.weights) if views else (np.eye(2)[None], np.ones(1))
+    return {
+        "mode": "browser",
+        "model": "model.onnx",
+        "runtime": RUNTIME,
+        "classes": list(pretrained.classes),
+        "preprocessing": {key: pretrained.config.data[key] for key in NORMAL_FORM},
+        "views": {"maps": maps.tolist(), "weights": weights.tolist()},
+        "temperature": temperature or 1.0,
+        "calibrated": temperature is not None,
+    }
 
 
 class _Handler(BaseHTTPRequestHandler):

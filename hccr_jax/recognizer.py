@@ -73,7 +73,7 @@ class Recognizer:
           InputError: there is no such run, or no checkpoint in it.
         """
         pretrained = load_pretrained(path)
-        return cls(pretrained, _read_temperature(pretrained))
+        return cls(pretrained, read_temperature(pretrained))
 
     def __call__(self, picture: Picture, top: int = 5) -> list[Candidate]:
         """Returns the best candidates for the one character on a picture, best first.
@@ -178,8 +178,12 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _read_temperature(pretrained: Pretrained) -> float | None:
-    """Returns the temperature in a run's eval.json, if it is of these weights and views."""
+def read_temperature(pretrained: Pretrained) -> float | None:
+    """Returns the temperature in a run's eval.json, or None where it is not of these weights.
+
+    Args:
+      pretrained: the weights, and the views of an image that the temperature goes with.
+    """
     path = pretrained.source.parent.parent / "eval.json"
     if not path.is_file():
         return None
