@@ -9,7 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 [[ $# == 2 ]] || fail 2 "usage: launch/build_demo.sh CHECKPOINT OUT_DIR"
 command -v npm >/dev/null || fail 2 "npm was not found; install it (Debian and Ubuntu: apt install npm)"
 runtime_version=1.30.0
-[[ -n "${HCCR_PYTHON:-}" ]] && python="$HCCR_PYTHON" || prepare_environment export
+prepare_environment export
 
 mkdir -p -- "$2"
 "$python" -m hccr_jax.export --checkpoint="$1" --format=onnx --output="$2/model.onnx"
