@@ -37,7 +37,8 @@ from hccr_jax.startup import prepare_process
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 STROKES_TYPE = "application/json"
-RUNTIME = "ort.wasm.bundle.min.mjs"  # beside a page that recognises by itself
+# ONNX Runtime, beside a page that recognises by itself.
+RUNTIME, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 MAX_STROKES_BYTES = 1 << 19
 MAX_PICTURE_BYTES = 16 << 20
 TIMEOUT_SECONDS = 30  # for a request to arrive
@@ -119,6 +120,7 @@ def describe_for_browser(checkpoint: str) -> dict[str, Any]:
         "mode": "browser",
         "model": "model.onnx",
         "runtime": RUNTIME,
+        "wasm": WASM,
         "classes": list(pretrained.classes),
         "preprocessing": {key: pretrained.config.data[key] for key in NORMAL_FORM},
         "views": {"maps": maps.tolist(), "weights": weights.tolist()},
