@@ -52,6 +52,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=scale, mobile=width < 600,
         )  # fmt: skip
+        self.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
         self.call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
@@ -72,13 +73,23 @@ class Browser:
 
     def draw(self, strokes: Sequence[Sequence[Sequence[float]]], side: float = 1000.0) -> None:
         """Draws strokes, in units of which the canvas has `side`, with the mouse."""
-        box = self.evaluate("(b => [b.left, b.top, b.width])(canvas.getBoundingClientRect())")
         for stroke in strokes:
-            points = [[box[axis] + p[axis] * box[2] / side for axis in (0, 1)] for p in stroke]
+            points = self._to_page(stroke, side)
             self._mouse("mousePressed", points[0], 1)
             for point in points[1:]:
                 self._mouse("mouseMoved", point, 1)
             self._mouse("mouseReleased", points[-1], 0)
+
+    def touch(self, stroke: Sequence[Sequence[float]], side: float = 1000.0) -> None:
+        """Draws a stroke with a finger."""
+        kinds = ["touchStart", *["touchMove"] * (len(stroke) - 1)]
+        for kind, (x, y) in zip(kinds, self._to_page(stroke, side), strict=True):
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _to_page(self, stroke: Sequence[Sequence[float]], side: float) -> list[list[float]]:
+        box = self.evaluate("(b => [b.left, b.top, b.width])(canvas.getBoundingClientRect())")
+        return [[box[axis] + p[axis] * box[2] / side for axis in (0, 1)] for p in stroke]
 
     def _mouse(self, kind: str, point: Sequence[float], buttons: int) -> None:
         self.call(

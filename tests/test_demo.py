@@ -93,6 +93,17 @@ def test_texts_are_in_both_languages():
     assert {"empty", "bad_picture", "too_large", "bad_strokes"} <= set(keys[0])
 
 
+def test_a_page_in_the_browser_knows_what_python_does(finished: Path, recognizer: Recognizer):
+    model = json.loads(json.dumps(demo.describe_for_browser(finished)))
+    assert model["classes"] == list(recognizer.classes)
+    assert model["temperature"] == recognizer.temperature
+    assert model["preprocessing"] == {"image_px": 32, "margin_px": 2, "aspect": "keep"}
+    assert model["views"] == {"maps": [[[1.0, 0.0], [0.0, 1.0]]], "weights": [1.0]}
+    launcher = (Path(__file__).parents[1] / "launch" / "build_demo.sh").read_text("utf-8")
+    assert model["runtime"] in launcher
+    assert model["wasm"] in launcher
+
+
 def test_strokes_are_recognised_in_normal_form(address: tuple[str, int], recognizer: Recognizer):
     strokes = character_strokes("万")
     status, answer = post(address, json.dumps(strokes).encode(), "application/json")
@@ -289,6 +300,9 @@ def test_the_page_in_a_browser(
         assert "手写一个汉字" in browser.evaluate(text)
         browser.evaluate("dispatchEvent(new KeyboardEvent('keydown', {key: 'c'}))")
         browser.wait_for("!busy && !candidates.length && document.body.innerText.includes('尚未')")
+
+        browser.touch([[400, 300], [420, 600], [440, 900]])
+        assert browser.evaluate("[strokes.length, scrollX, scrollY]") == [1, 0, 0]
 
         browser.evaluate("takeFile(new File(['no picture'], 'a.png', {type: 'image/png'}))")
         browser.wait_for("document.getElementById('message').innerText.includes('PNG')")
