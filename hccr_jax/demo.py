@@ -41,6 +41,7 @@ STROKES_TYPE = "application/json"
 RUNTIME, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 MAX_STROKES_BYTES = 1 << 19
 MAX_PICTURE_BYTES = 16 << 20
+MAX_DROPPED_BYTES = 64 << 20  # a request that is too large is received up to here, but not kept
 TIMEOUT_SECONDS = 30  # for a request to arrive
 # The page is all there is: nothing may be loaded from elsewhere.
 POLICY = (
@@ -100,7 +101,7 @@ def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
     return Server((host, port), Handler)
 
 
-def describe_for_browser(checkpoint: str) -> dict[str, Any]:
+def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
     """Returns model.json of a page that recognises by itself, as launch/build_demo.sh writes it.
 
     Args:
@@ -174,6 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "no_length", "Content-Length is missing")
         if int(length) > most:
             self.close_connection = True
+            # Many a client listens only once it has sent all.
+            left = int(length) if int(length) <= MAX_DROPPED_BYTES else 0
+            while left and (data := self.rfile.read(min(left, 1 << 16))):
+                left -= len(data)
             raise _Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large",
                 f"{int(length):,} bytes: at most {most:,} are read",

@@ -160,8 +160,17 @@ def test_wrong_input_is_told(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [(JSON, demo.MAX_STROKES_BYTES + 1), ("image/png", demo.MAX_PICTURE_BYTES + 1)],
+)
+def test_too_large_a_body_is_told(address: tuple[str, int], kind: str, length: int):
+    status, answer = post(address, bytes(length), kind)
+    assert (status, answer["error"]["code"]) == (413, "too_large")
+
+
 @pytest.mark.parametrize("kind", [JSON, "image/jpeg"])
-def test_a_large_body_is_not_read(address: tuple[str, int], kind: str):
+def test_a_huge_body_is_not_read(address: tuple[str, int], kind: str):
     for length, expected in (("999999999", (413, "too_large")), ("many", (411, "no_length"))):
         status, answer = post(address, b"", kind, Content_Length=length)
         assert (status, answer["error"]["code"]) == expected
