@@ -21,7 +21,6 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,36 +68,39 @@ def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
     Raises:
       OSError: the address cannot be had.
     """
-    page = PAGE.read_bytes()
-    model = {
-        "mode": "server",
-        "characters": len(recognizer.classes),
-        "calibrated": recognizer.is_calibrated,
-        "max_picture_bytes": MAX_PICTURE_BYTES,
-    }
-    turn = threading.Lock()  # one drawing at a time has all cores
+    return _Server((host, port), recognizer)
 
-    class Handler(_Handler):
-        files = {  # noqa: RUF012
-            "/": ("text/html; charset=utf-8", page),
+
+class _Server(ThreadingHTTPServer):
+    """What its requests share.
+
+    Attributes:
+      recognizer: for one request at a time, which then has all cores.
+      turn: who has it.
+      files: by path, the type and the bytes.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], recognizer: Any) -> None:
+        super().__init__(address, _Handler)
+        self.recognizer = recognizer
+        self.turn = threading.Lock()
+        model = {
+            "mode": "server",
+            "characters": len(recognizer.classes),
+            "calibrated": recognizer.is_calibrated,
+            "max_picture_bytes": MAX_PICTURE_BYTES,
+        }
+        self.files = {
+            "/": ("text/html; charset=utf-8", PAGE.read_bytes()),
             "/model.json": ("application/json", json.dumps(model).encode()),
         }
 
-        def classify(self, form: np.ndarray) -> list[Any]:
-            with turn:
-                return recognizer.classify(form[None])[0]
-
-        normal_form = staticmethod(recognizer.to_normal_form)
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            # A browser that goes away in the middle is no error.
-            if not isinstance(sys.exception(), OSError):
-                super().handle_error(request, client_address)
-
-    return Server((host, port), Handler)
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A browser that goes away in the middle is no error.
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
@@ -133,17 +135,15 @@ def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
-    files: dict[str, tuple[str, bytes]]
-    classify: Callable[[Any, np.ndarray], list[Any]]
-    normal_form: Callable[[np.ndarray], np.ndarray]
+    server: _Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "hccr_jax", ""
     timeout = TIMEOUT_SECONDS
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path in self.files:
-            self._send(HTTPStatus.OK, *self.files[path])
+        if path in self.server.files:
+            self._send(HTTPStatus.OK, *self.server.files[path])
         else:
             self._refuse(_Refused(HTTPStatus.NOT_FOUND, "not_found", f"{path}: nothing is here"))
 
@@ -153,12 +153,14 @@ class _Handler(BaseHTTPRequestHandler):
         start = time.perf_counter()
         try:
             form = self._read_form()
-            candidates = [candidate._asdict() for candidate in self.classify(form)]
+            with self.server.turn:
+                (candidates,) = self.server.recognizer.classify(form[None])
         except _Refused as refused:
             self._refuse(refused)
         else:
             taken = round(1e3 * (time.perf_counter() - start), 1)
-            self._send_json(HTTPStatus.OK, {"candidates": candidates, "milliseconds": taken})
+            described = [candidate._asdict() for candidate in candidates]
+            self._send_json(HTTPStatus.OK, {"candidates": described, "milliseconds": taken})
 
     def _read_form(self) -> np.ndarray:
         """Returns what was sent in normal form."""
@@ -166,7 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = self._read_body(MAX_STROKES_BYTES if is_drawing else MAX_PICTURE_BYTES)
         if self.path != "/recognize":
             raise _Refused(HTTPStatus.NOT_FOUND, "not_found", f"{self.path}: nothing is here")
-        return self.normal_form(_to_bitmap(data) if not is_drawing else _draw(data))
+        return self.server.recognizer.to_normal_form(
+            _draw(data) if is_drawing else _to_bitmap(data)
+        )
 
     def _read_body(self, most: int) -> bytes:
         length = self.headers.get("Content-Length", "")
