@@ -187,8 +187,10 @@ def test_every_file_of_a_step_can_be_lost(
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]
 CALM = [
     "--config.num_steps=100", "--config.batch_size=32", "--config.eval.every_steps=100",
-    "--config.log_every_steps=1", "--config.optimizer.learning_rate=1e-4",
+    "--config.log_every_steps=1",
 ]  # fmt: skip
+# Adam divides by small numbers, and so makes of rounding what it makes of gradients.
+SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,7 @@ def test_strict_runs_have_the_same_bits_on_every_layout(
 def test_runs_on_every_layout_agree(
     layouts: Callable[..., dict[tuple[int, int], Path]],
 ) -> None:
-    folders = layouts()
+    folders = layouts(*SGD)
     alone = saved(folders[1, 1], 100)
     for layout in LAYOUTS[1:]:
         other = saved(folders[layout], 100)
