@@ -191,7 +191,7 @@ CALM = [
     "--config.log_every_steps=1",
 ]  # fmt: skip
 # Adam divides by small numbers, and so makes of rounding what it makes of gradients.
-SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01"
+SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"
 
 
 @pytest.fixture(scope="module")
