@@ -4,8 +4,8 @@
   python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
 
 On 2 cores (AMD EPYC with AVX-512, float32, shared with other work) 58 min after `v2_best`, seed 0:
-test top-1 96.28 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 95.97, 95.73
-and 96.77 %, all 96.16 % (the paper: 85.03 % on 3,755 characters). docs/recipes.md has the table.
+test top-1 96.28 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 95.97,
+95.73 and 96.77 %, all 96.16 % (the paper: 85.03 % on 3,755 characters); see docs/recipes.md.
 """
 
 from ml_collections import ConfigDict

@@ -37,6 +37,8 @@ def join(timeout_seconds: float) -> None:
         raise InputError(f"JAX_PROCESS_ID={index}: must be below JAX_NUM_PROCESSES={count}")
     if not address.rpartition(":")[2].isdecimal():
         raise InputError(f"{VARIABLES[0]}={address!r}: must be host:port of process 0")
+    # It would take SIGTERM for itself, which `signals` sees to.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             address,

@@ -3,6 +3,7 @@
 Run with `launch/test.sh -m faults`.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -187,8 +188,10 @@ def test_every_file_of_a_step_can_be_lost(
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]
 CALM = [
     "--config.num_steps=100", "--config.batch_size=32", "--config.eval.every_steps=100",
-    "--config.log_every_steps=1", "--config.optimizer.learning_rate=1e-4",
+    "--config.log_every_steps=1",
 ]  # fmt: skip
+# Adam divides by small numbers, and so makes of rounding what it makes of gradients.
+SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,7 @@ def test_strict_runs_have_the_same_bits_on_every_layout(
 def test_runs_on_every_layout_agree(
     layouts: Callable[..., dict[tuple[int, int], Path]],
 ) -> None:
-    folders = layouts()
+    folders = layouts(*SGD)
     alone = saved(folders[1, 1], 100)
     for layout in LAYOUTS[1:]:
         other = saved(folders[layout], 100)
@@ -406,20 +409,23 @@ def test_twenty_thousand_steps_leave_memory_and_files_flat(
         *tiny_job, "--config.num_steps=20000", "--config.log_every_steps=50",
         "--config.eval.every_steps=1000", "--config.checkpoint.every_steps=500",
     ]  # fmt: skip
-    process, seen = run_main(flags, tmp_path), {}
+    process = run_main(flags, tmp_path)
+    seen: list[tuple[int, float]] = []  # open files and MiB, twice a second
     while process.poll() is None:
         done = rows(tmp_path)
-        if done and done[-1]["step"] // 2000 not in seen:
-            handles = len(os.listdir(f"/proc/{process.pid}/fd"))
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory = int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024
-            seen[done[-1]["step"] // 2000] = handles, memory
-        time.sleep(0.2)
+        if done and done[-1]["step"] > 2000:
+            with contextlib.suppress(OSError, AttributeError):  # it may just have ended
+                handles = len(os.listdir(f"/proc/{process.pid}/fd"))
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                memory = re.search(r"VmRSS:\s+(\d+)", status).group(1)
+                seen.append((handles, int(memory) / 1024))
+        time.sleep(0.5)
     assert process.returncode == 0, process.communicate()[1]
-    print(seen)
-    handles, memory = zip(*(seen[key] for key in sorted(seen) if key >= 1), strict=True)
-    assert max(handles) <= handles[0] + 4
-    assert max(memory) < memory[0] + 30, "MiB"
+    # A save opens some files and closes them: the middle of a third of the run counts.
+    third = len(seen) // 3
+    early, late = (np.median(part, axis=0) for part in (seen[:third], seen[-third:]))
+    assert late[0] <= early[0] + 2, "open files"
+    assert late[1] < early[1] + 30, "MiB"
     assert (tmp_path / "metrics.jsonl").stat().st_size < 1 << 20
 
 

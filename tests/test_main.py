@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hccr_jax import main, report
+from hccr_jax.manifest import write_manifest
 
 ROOT = Path(__file__).parents[1]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
@@ -242,6 +243,7 @@ def test_checkpoint_of_another_class_list(
         assert about["classes"] == ["丁", "七", "三", "上", "万", "下", "一", "丈"]
         about["classes"][2] = "叁"
         path.write_text(json.dumps(about), "utf-8")
+        write_manifest(path.parents[1])
     before = tree(run_folder)
     for flags in (["--mode=eval"], ["--config.num_steps=9"]):
         line = refused(capsys, *tiny_job, *flags, f"--workdir={run_folder}")
