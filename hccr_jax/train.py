@@ -76,13 +76,11 @@ def train_and_evaluate(
             check_room(workdir, CHECKPOINT_FACTOR * size)
             config_lib.save(config, workdir / "config.json")
         kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
-        watchdog.start(config.watchdog_seconds)
-        with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
-            learn = fit if config.model.name == "mqdf" else train
-            learn(job, workdir, checkpoints, timeline)
-        results = assess(load_pretrained(workdir, config, job.network), job.test, workdir)
-        watchdog.stop()
-    return results
+        with watchdog.watching(config.watchdog_seconds):
+            with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
+                learn = fit if config.model.name == "mqdf" else train
+                learn(job, workdir, checkpoints, timeline)
+            return assess(load_pretrained(workdir, config, job.network), job.test, workdir)
 
 
 def evaluate_checkpoint(

@@ -248,9 +248,9 @@ def make_train_call(
 
     Returns:
       call(state, num_steps, arrays, *teachers) -> (state, sums of the steps' metrics, but the
-      smallest first_bad), 1 ≤
-      num_steps ≤ longest, the old state given up, teachers as the step has them. One program for
-      any number of steps, so that a run's bits do not depend on where it was stopped and resumed.
+      smallest first_bad), 1 ≤ num_steps ≤ longest, the old state given up, teachers as the step has
+      them. One program for any number of steps, so that a run's bits do not depend on where it was
+      stopped and resumed.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)

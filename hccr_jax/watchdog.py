@@ -1,5 +1,6 @@
 """Ends a process that is stuck, and says where, and which of several processes is late."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -7,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,8 +102,9 @@ def _store() -> Any:
 _watch: _Watch | None = None
 
 
-def start(seconds: float) -> None:
-    """Begins to watch this process; `beat` is to be called from now on.
+@contextlib.contextmanager
+def watching(seconds: float) -> Iterator[None]:
+    """Watches this process; `beat` is to be called in time.
 
     A process that is stopped as a whole and goes on later is not taken for stuck.
 
@@ -110,19 +113,16 @@ def start(seconds: float) -> None:
         for no watch.
     """
     global _watch
-    stop()
     _watch = _Watch(seconds) if seconds > 0 else None
+    try:
+        yield
+    finally:
+        if _watch:
+            _watch.ended.set()
+        _watch = None
 
 
 def beat(doing: str, factor: float = 1.0) -> None:
     """Says that the process gets on, with what, and that this may take `factor` × the seconds."""
     if _watch:
         _watch.beat(doing, factor)
-
-
-def stop() -> None:
-    """Ends the watch."""
-    global _watch
-    if _watch:
-        _watch.ended.set()
-        _watch = None

@@ -17,19 +17,20 @@ ROOT = Path(__file__).parents[1]
 EVERY_STEP = ["--config.checkpoint.every_steps=1", "--config.checkpoint.keep_latest=99"]
 
 
-def start(flags: list[str], workdir: Path, *more: str) -> subprocess.Popen:
-    """Starts the job in a process of its own, on as many devices as this one has."""
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
-    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}", *more]
+def start(flags: list[str], workdir: Path, devices: int | None = None) -> subprocess.Popen[str]:
+    """Starts the job in a process of its own, on as many devices as this one has by default."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices or jax.device_count())}
+    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}"]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+        command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not happened():
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 

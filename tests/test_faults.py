@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ROOT, assert_same_checkpoint, rows, saved, steps_saved
+from runs import ROOT, assert_same_checkpoint, rows, saved, start, steps_saved, wait_for
 from test_processes import finish, start_group
 
 from hccr_jax.checkpoint import Checkpoints
@@ -58,18 +58,9 @@ KILL_POINTS = {
 }
 
 
-def run_main(flags: list[str], workdir: Path, devices: int = 1) -> subprocess.Popen[str]:
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "hccr_jax.main", *flags, f"--workdir={workdir}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def complete(flags: list[str], workdir: Path, devices: int = 1) -> Path:
     """Runs a job to its end and returns its workdir."""
-    process = run_main(flags, workdir, devices)
+    process = start(flags, workdir, devices)
     said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said
     return workdir
@@ -104,16 +95,14 @@ def test_fifty_kills_at_random_moments_cost_no_bit(tiny_job: list[str], tmp_path
     endless = [*flags, "--config.num_steps=1000000"]
     workdir, startup = tmp_path / "killed", 0.0
     for _ in range(50):
-        start, before = time.monotonic(), len(rows(workdir))
+        began, before = time.monotonic(), len(rows(workdir))
         # Half of the kills come before the first new step, half soon after it.
         waits_for_steps = startup == 0.0 or rng.random() < 0.5
-        process = run_main(endless, workdir)
+        process = start(endless, workdir, devices=1)
         try:
             if waits_for_steps:
-                while len(rows(workdir)) <= before:
-                    assert process.poll() is None, process.communicate()[1]
-                    time.sleep(0.01)
-                startup = time.monotonic() - start
+                wait_for(process, lambda before=before: len(rows(workdir)) > before)
+                startup = time.monotonic() - began
                 time.sleep(rng.uniform(0, 0.5))
             else:
                 time.sleep(rng.uniform(0, startup))
@@ -136,14 +125,12 @@ def test_twenty_sigterms_at_random_moments_save_and_end_with_143(
     endless = [*flags, "--config.num_steps=1000000"]
     workdir, startup, ends = tmp_path / "stopped", 0.0, []
     for turn in range(20):
-        start, before = time.monotonic(), len(rows(workdir))
-        process = run_main(endless, workdir)
+        began, before = time.monotonic(), len(rows(workdir))
+        process = start(endless, workdir, devices=1)
         try:
             if turn % 2 == 0:
-                while len(rows(workdir)) <= before:
-                    assert process.poll() is None, process.communicate()[1]
-                    time.sleep(0.01)
-                startup = time.monotonic() - start
+                wait_for(process, lambda before=before: len(rows(workdir)) > before)
+                startup = time.monotonic() - began
                 time.sleep(rng.uniform(0, 1.0))
             else:
                 time.sleep(rng.uniform(0.3, startup))  # the interpreter itself takes a moment
@@ -290,10 +277,10 @@ def test_a_full_disk_is_refused_before_and_told_during_a_run(
     filler = small_disk / "filler"
     filler.write_bytes(bytes(8 << 20 >> 1))
     often = [*tiny_job, "--config.checkpoint.every_steps=5", "--config.eval.every_steps=10"]
-    process = run_main([*often, "--config.num_steps=1000000"], small_disk / "run")
-    while not list((small_disk / "run" / "checkpoints").glob("*/manifest.json")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    endless = [*often, "--config.num_steps=1000000"]
+    process = start(endless, small_disk / "run", devices=1)
+    seals = (small_disk / "run" / "checkpoints").glob
+    wait_for(process, lambda: any(seals("*/manifest.json")))
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(9 << 20))  # takes what there is
     said = process.communicate(timeout=60)[1]
@@ -304,7 +291,7 @@ def test_a_full_disk_is_refused_before_and_told_during_a_run(
     with Checkpoints(small_disk / "run" / "checkpoints") as checkpoints:
         good = checkpoints.latest_step()
     assert good
-    process = run_main([*often, "--config.num_steps=1000000"], small_disk / "run")
+    process = start(endless, small_disk / "run", devices=1)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2, said
     assert re.search(r"No space left on device: \d+ MiB are needed", said), said
@@ -315,13 +302,11 @@ def test_a_full_disk_is_refused_before_and_told_during_a_run(
 def test_a_second_run_on_a_workdir_is_refused_every_time(
     tiny_job: list[str], tmp_path: Path
 ) -> None:
-    first = run_main([*tiny_job, "--config.num_steps=1000000"], tmp_path)
+    first = start([*tiny_job, "--config.num_steps=1000000"], tmp_path, devices=1)
     try:
-        while not rows(tmp_path):
-            assert first.poll() is None, first.communicate()[1]
-            time.sleep(0.05)
+        wait_for(first, lambda: bool(rows(tmp_path)))
         for _ in range(5):  # four at a time
-            others = [run_main(tiny_job, tmp_path) for _ in range(4)]
+            others = [start(tiny_job, tmp_path, devices=1) for _ in range(4)]
             for other in others:
                 said = other.communicate(timeout=120)[1]
                 assert other.returncode == 2, said
@@ -347,12 +332,12 @@ MALFORMED = [
 def test_malformed_configs_are_refused_at_once(tiny_job: list[str], tmp_path: Path) -> None:
     assert len(MALFORMED) >= 30
     for change in MALFORMED:
-        start = time.monotonic()
-        process = run_main([*tiny_job, f"--config.{change}"], tmp_path / "run")
+        began = time.monotonic()
+        process = start([*tiny_job, f"--config.{change}"], tmp_path / "run")
         said = process.communicate(timeout=60)[1]
         assert process.returncode == 2, (change, said)
         assert said.count("\n") == 1, (change, said)
-        assert time.monotonic() - start < 2, change
+        assert time.monotonic() - began < 2, change
     assert not (tmp_path / "run").exists()
 
 
@@ -379,11 +364,8 @@ def test_a_lost_process_ends_the_others(
     ]  # fmt: skip
     group = start_group(flags, tmp_path, num_processes=2, program=("-c", HANG))
     try:
-        while len(rows(tmp_path)) < 20:
-            for process in group:
-                assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        start, lost, left = time.monotonic(), group[victim], group[1 - victim]
+        wait_for(group[0], lambda: len(rows(tmp_path)) >= 20)
+        began, lost, left = time.monotonic(), group[victim], group[1 - victim]
         if event == "kill":
             lost.kill()
         elif event == "stop":
@@ -391,7 +373,7 @@ def test_a_lost_process_ends_the_others(
         else:
             lost.send_signal(signal.SIGUSR1)
         said = left.communicate(timeout=seconds + 20)[1]
-        took = time.monotonic() - start
+        took = time.monotonic() - began
         assert left.returncode not in (0, 143), said
         assert took < seconds + 10, took
         if event != "kill" and victim == 1:
@@ -409,7 +391,7 @@ def test_twenty_thousand_steps_leave_memory_and_files_flat(
         *tiny_job, "--config.num_steps=20000", "--config.log_every_steps=50",
         "--config.eval.every_steps=1000", "--config.checkpoint.every_steps=500",
     ]  # fmt: skip
-    process = run_main(flags, tmp_path)
+    process = start(flags, tmp_path, devices=1)
     seen: list[tuple[int, float]] = []  # open files and MiB, twice a second
     while process.poll() is None:
         done = rows(tmp_path)
@@ -434,11 +416,9 @@ def test_a_data_file_that_is_cut_short_is_told_and_made_again(
 ) -> None:
     data = f"--config.data.data_dir={tmp_path / 'data'}"
     flags = [*tiny_job, data, "--config.batch_size=64", "--config.eval.every_steps=1000000"]
-    process = run_main([*flags, "--config.num_steps=1000000"], tmp_path / "run")
+    process = start([*flags, "--config.num_steps=1000000"], tmp_path / "run", devices=1)
     try:
-        while not rows(tmp_path / "run"):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
+        wait_for(process, lambda: bool(rows(tmp_path / "run")))
         (images,) = (tmp_path / "data").rglob("normal_form/train-*/images.npy")
         os.truncate(images, 200)
         said = process.communicate(timeout=10)[1]
@@ -466,10 +446,10 @@ if __name__ == "__main__":
         "import os, signal\ndef die(task, advance):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     (tmp_path / "program.py").write_text(code)
-    start = time.monotonic()
+    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
     )  # fmt: skip
     assert "a worker process died" in done.stdout, done.stderr
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - began < 10

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from runs import ROOT, rows, steps_saved
+from runs import ROOT, rows, steps_saved, wait_for
 
 LAUNCH = ROOT / "launch"
 # What Slurm does for a job, in small: tasks with numbers of their own on this machine.
@@ -46,11 +45,7 @@ def test_local_passes_a_signal_on_and_all_processes_stop_at_the_same_step(
     never = ["--config.eval.every_steps=100000", "--config.checkpoint.every_steps=100000"]
     process = start_local([*tiny_job, *never, "--config.num_steps=100000"], tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not rows(tmp_path):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(process, lambda: bool(rows(tmp_path)))
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     finally:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,20 +246,3 @@ def test_sigkill_costs_only_the_steps_since_the_last_save(
     assert steps_saved(tmp_path)[-1] < 8, "it had ended before the kill"
     train(8, workdir=tmp_path)
     assert_same_checkpoint(tmp_path, finished, 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay_s", np.linspace(0, 1.4, 8))
-def test_sigkill_at_any_moment(
-    tiny_job: list[str], tmp_path: Path, train: Train, delay_s: float
-) -> None:
-    def ready() -> bool:
-        if 2 not in steps_saved(tmp_path):
-            return False
-        time.sleep(delay_s)
-        return True
-
-    stop(signal.SIGKILL, [*tiny_job, *EVERY_STEP, "--config.num_steps=999"], tmp_path, ready)
-    end = steps_saved(tmp_path)[-1] + 2
-    train(end, workdir=tmp_path)
-    assert_same_checkpoint(tmp_path, train(end), end)

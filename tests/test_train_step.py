@@ -239,10 +239,9 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
             np.testing.assert_allclose(state.batch_stats[name], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_accumulation_averages_the_gradients_of_its_parts(devices):
-    images, labels = make_batch(16)
-    apply, params, batch_stats = make_small_network()
+def mean_of_parts(network, parts):
+    """Returns the mean loss, statistics and gradients of parts taken each alone."""
+    apply, params, batch_stats = network
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -250,9 +249,17 @@ def test_accumulation_averages_the_gradients_of_its_parts(devices):
         logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
         return cross_entropy(logits, labels).mean(), statistics
 
+    each = [plain(params, *part) for part in parts]
+    return jax.tree.map(lambda *leaves: np.mean(leaves, 0), *each)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_accumulation_averages_the_gradients_of_its_parts(devices):
+    images, labels = make_batch(16)
+    network = apply, params, batch_stats = make_small_network()
     # Part m of four is every fourth row from row m on, however many devices share it.
-    parts = [plain(params, images[m::4], labels[m::4]) for m in range(4)]
-    (loss, statistics), gradients = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *parts)
+    parts = [(images[m::4], labels[m::4]) for m in range(4)]
+    (loss, statistics), gradients = mean_of_parts(network, parts)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
     step = make_train_step(
         apply, optimizer, as_they_are, mesh_of(devices), seed=0, accumulation_steps=4
@@ -267,16 +274,9 @@ def test_accumulation_averages_the_gradients_of_its_parts(devices):
 def test_parts_with_statistics_of_their_own_are_averaged(options):
     """Four parts of consecutive rows: of a strict step, or those that four devices hold."""
     images, labels = make_batch(16)
-    apply, params, batch_stats = make_small_network()
-
-    @jax.jit
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def plain(params, images, labels):
-        logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
-        return cross_entropy(logits, labels).mean(), statistics
-
-    parts = [plain(params, images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
-    (loss, statistics), gradients = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *parts)
+    network = apply, params, batch_stats = make_small_network()
+    parts = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
+    (loss, statistics), gradients = mean_of_parts(network, parts)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
     step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), seed=0, **options)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)

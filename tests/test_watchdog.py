@@ -19,10 +19,10 @@ def test_a_step_that_does_not_end_is_told_with_all_stacks() -> None:
     process = run("""
 def step_that_hangs():
     time.sleep(600)
-watchdog.start(0.5)
-watchdog.beat("the steps after 41")
-print(flush=True)
-step_that_hangs()
+with watchdog.watching(0.5):
+    watchdog.beat("the steps after 41")
+    print(flush=True)
+    step_that_hangs()
 """)
     process.stdout.readline()
     start = time.monotonic()
@@ -34,13 +34,15 @@ step_that_hangs()
     assert "a resume goes on from the last checkpoint" in said
 
 
-def test_what_is_said_to_be_slow_may_take_ten_times_as_long() -> None:
+def test_what_is_said_to_be_slow_may_take_ten_times_as_long_and_a_failure_ends_the_watch() -> None:
     process = run("""
-watchdog.start(0.5)
-watchdog.beat("compiling", watchdog.SLOW)
-time.sleep(1.5)
-watchdog.stop()
-time.sleep(6)
+try:
+    with watchdog.watching(0.5):
+        watchdog.beat("compiling", watchdog.SLOW)
+        time.sleep(1.5)
+        raise FloatingPointError
+except FloatingPointError:
+    time.sleep(6)
 """)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
@@ -49,11 +51,11 @@ time.sleep(6)
 @pytest.mark.slow
 def test_a_process_that_was_stopped_as_a_whole_is_not_stuck() -> None:
     process = run("""
-watchdog.start(2.0)
-for _ in range(60):
-    watchdog.beat("steps")
-    print(flush=True)
-    time.sleep(0.1)
+with watchdog.watching(2.0):
+    for _ in range(60):
+        watchdog.beat("steps")
+        print(flush=True)
+        time.sleep(0.1)
 """)
     process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
