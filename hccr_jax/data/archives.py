@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hccr_jax.data import gnt
 from hccr_jax.errors import InputError
@@ -36,6 +36,8 @@ _VALIDATION_SALT = "validation 4 "
 _SPLIT_NAME = re.compile(
     r"(?:(?<![A-Za-z])|(?=T[rse]))(?i:(trn|train)|tst|test)(?:ing|set)?(?![a-z])"
 )
+# The test set of the ICDAR 2013 competition, `competition-gnt.zip`.
+_COMPETITION = re.compile("competition", re.IGNORECASE)
 _WRITER = re.compile(r"([A-Za-z]?\d+)(?:-\w+)?")
 # What zipfile raises on damaged bytes; the last three for names, offsets and entries that are none.
 _DAMAGE = (
@@ -70,6 +72,8 @@ class Member:
       split: "train" or "test".
       num_bytes: unpacked size.
       crc32: of the unpacked bytes.
+      character: what a picture shows; "" for a GNT file. `path` is then the pictures' root, `name`
+        the way from there.
     """
 
     path: Path
@@ -78,6 +82,7 @@ class Member:
     split: str
     num_bytes: int
     crc32: int
+    character: str = ""
 
     @property
     def archive(self) -> str:
@@ -166,28 +171,41 @@ def read_member(member: Member, on_fault: OnFault | None = None) -> Iterator[gnt
 
 
 def validation_writers(writers: Sequence[str]) -> frozenset[str]:
-    """Returns the training writers set aside for validation: those whose hash is below a tenth.
-
-    Whether a writer belongs does not depend on the others, except that of two or more writers at
-    least one is chosen and at least one is left.
+    """Returns the training writers set aside for validation, see `set_aside`.
 
     >>> len(validation_writers([str(i) for i in range(1001, 1241)]))
     24
     >>> validation_writers(["1001"]), len(validation_writers(["1001", "1002"]))
     (frozenset(), 1)
     """
+    return set_aside(writers, _VALIDATION_SALT)
 
-    def place(writer: str) -> float:
-        digest = hashlib.sha256(f"{_VALIDATION_SALT}{writer}".encode()).digest()
+
+def set_aside(names: Sequence[str], salt: str) -> frozenset[str]:
+    """Returns the names whose hash is below a tenth.
+
+    Whether a name belongs does not depend on the others, except that of two or more names at least
+    one is chosen and at least one is left.
+
+    Args:
+      names: of writers or others.
+      salt: hashed with each name; another one chooses others.
+    """
+
+    def place(name: str) -> float:
+        digest = hashlib.sha256(f"{salt}{name}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    ranked = sorted(set(writers), key=place)
-    chosen = max(sum(place(writer) < VALIDATION_FRACTION for writer in ranked), 1)
+    ranked = sorted(set(names), key=place)
+    chosen = max(sum(place(name) < VALIDATION_FRACTION for name in ranked), 1)
     return frozenset(ranked[: max(min(chosen, len(ranked) - 1), 0)])
 
 
 def divide(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Returns the members of each split, `validation` split off from `train`."""
+    """Returns the members of each split, `validation` split off from `train` but for pictures."""
+    if any(member.character for member in members):
+        splits = ("train", "validation", "test")
+        return {split: [member for member in members if member.split == split] for split in splits}
     train = [member for member in members if member.split == "train"]
     aside = validation_writers([member.writer for member in train])
     return {
@@ -197,9 +215,17 @@ def divide(members: Sequence[Member]) -> dict[str, list[Member]]:
     }
 
 
-def fingerprint(members: Sequence[Member]) -> str:
-    """Returns a digest of what the members are (names, sizes and CRCs), wherever they lie."""
-    rows = sorted((m.source, m.writer, m.split, m.num_bytes, m.crc32) for m in members)
+def fingerprint(members: Sequence[Member], characters: Sequence[str] = ()) -> str:
+    """Returns a digest of what the members are (names, sizes and CRCs), wherever they lie.
+
+    Args:
+      members: of a data set.
+      characters: its charset, where it is not the usual one.
+    """
+    rows: list[Any] = sorted(
+        (m.source, m.writer, m.split, m.num_bytes, m.crc32, *m.character) for m in members
+    )
+    rows += [list(characters)] if characters else []
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -393,6 +419,7 @@ def _split(names: list[str], writer: str) -> str | None:
     """
     for name in names:
         found = {"train" if trn else "test" for trn in _SPLIT_NAME.findall(name)}
+        found |= {"test" for _ in _COMPETITION.findall(name)}
         if len(found) == 1:
             return found.pop()
     for split, ranges in OFFICIAL_WRITERS.items():

@@ -1,4 +1,4 @@
-"""The data set as a TensorFlow Datasets builder: original bitmaps in ArrayRecord files.
+"""A data set as a TensorFlow Datasets builder: original bitmaps in ArrayRecord files.
 
 Reading and writing need no TensorFlow. Whole shards are parsed, serialised and written by the
 worker processes, because TFDS's own writer works on one core and holds a split in memory (up to
@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from hccr_jax.data import charset, gnt, store
+from hccr_jax.data import charset, gnt, own, store
 from hccr_jax.data.archives import Member, divide, fingerprint, read_member
 from hccr_jax.data.workers import Advance, WorkerPool
 from hccr_jax.errors import InputError
@@ -36,7 +36,7 @@ Counts = collections.Counter[Any]
 
 
 class CasiaHwdb(FileReaderBuilder):
-    """Handwritten level-1 Chinese characters with class, writer and origin.
+    """Handwritten characters with class, writer and origin.
 
     Splits `train`, `validation` (a tenth of the training writers) and `test`, in the order of the
     members and of their records. Source of the format and of the data: C.-L. Liu, F. Yin,
@@ -55,6 +55,8 @@ class CasiaHwdb(FileReaderBuilder):
         members: Sequence[Member] = (),
         skip_faults: bool = False,
         skipped: Counts | None = None,
+        characters: Sequence[str] = (),
+        faults: Sequence[str] = (),
     ):
         """Creates the builder.
 
@@ -64,18 +66,22 @@ class CasiaHwdb(FileReaderBuilder):
           members: what to prepare the data set from; none to read it only.
           skip_faults: count damaged records and go on, instead of raising InputError.
           skipped: (reason, "count" or "bytes") → number passed over before, for the manifest.
+          characters: the charset: what else is there is passed over; none for level 1.
+          faults: pictures that could not be used already, a line each, for the manifest.
         """
         self.name = name
         self._members = members
         self._skip_faults = skip_faults
         self._skipped = skipped or Counts()
+        self._characters = tuple(characters)
+        self._faults = list(faults)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return _LocalInfo(
             builder=self,
-            description="Handwritten level-1 Chinese characters with class, writer and origin.",
-            features=features(),
+            description="Handwritten characters with class, writer and origin.",
+            features=features(self._characters),
             disable_shuffling=True,
         )
 
@@ -84,20 +90,33 @@ class CasiaHwdb(FileReaderBuilder):
         del dl_manager, download_config
         members = divide(self._members)
         with WorkerPool() as pool:
-            shards = self._write(pool, members, ["train"], frozenset(charset.level1()))
+            wanted = frozenset(self._characters or charset.level1())
+            shards = self._write(pool, members, ["train"], wanted)
             trained = frozenset(character for _, _, character in _characters(shards))
-            if not trained:
-                archives = ", ".join(sorted({member.archive for member in self._members}))
-                raise InputError(
-                    f"{archives}: no level-1 character of a training writer: the archives of the "
-                    f"training writers are needed"
-                )
             shards += self._write(pool, members, ["validation", "test"], trained)
+        self._check(shards, trained)
         splits = [self._finish(split, shards) for split in members]
         self.info.set_splits(tfds.core.SplitDict([split for split in splits if split]))
-        manifest = _manifest(self._members, shards, self._skipped)
+        manifest = _manifest(self._members, shards, self._skipped, self._characters)
+        manifest["faults"] = self._faults
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
         Path(self.data_dir, store.MANIFEST).write_text(text, "utf-8")
+
+    def _check(self, shards: "list[_Shard]", trained: frozenset[str]) -> None:
+        """Stops at pictures that cannot be used, telling them, and where nothing is to learn."""
+        self._faults += [fault for shard in shards for fault in shard.faults]
+        if self._faults and not self._skip_faults:
+            raise InputError(
+                f"{len(self._faults):,} pictures cannot be used: {own.tell(self._faults)}; "
+                f"--on_error=skip goes on without them"
+            )
+        if not trained:
+            archives = ", ".join(sorted({member.archive for member in self._members}))
+            kind = "character of the charset" if self._characters else "level-1 character"
+            raise InputError(
+                f"{archives}: no {kind} of a training writer: the archives of the "
+                f"training writers are needed"
+            )
 
     def _write(
         self,
@@ -107,7 +126,7 @@ class CasiaHwdb(FileReaderBuilder):
         classes: frozenset[str],
     ) -> "list[_Shard]":
         tasks = [
-            _Task(split, self.data_dir, number, group, classes, self._skip_faults)
+            _Task(split, self.data_dir, number, group, classes, self._skip_faults, self._characters)
             for split in splits
             for number, group in enumerate(_groups(members[split]))
         ]
@@ -140,12 +159,16 @@ class _LocalInfo(tfds.core.DatasetInfo):
 
 
 @functools.cache
-def features() -> tfds.features.FeaturesDict:
-    """Returns the features of one record; ArrayRecord compresses the bitmap, without loss."""
+def features(characters: tuple[str, ...] = ()) -> tfds.features.FeaturesDict:
+    """Returns the features of one record; ArrayRecord compresses the bitmap, without loss.
+
+    Args:
+      characters: the charset, in the order of the labels; none for level 1.
+    """
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="bytes"),
-            "label": tfds.features.ClassLabel(names=charset.level1()),
+            "label": tfds.features.ClassLabel(names=characters or charset.level1()),
             "character": tfds.features.Text(),
             "writer": tfds.features.Text(),
             "source": tfds.features.Text(doc="archive and member name"),
@@ -156,7 +179,10 @@ def features() -> tfds.features.FeaturesDict:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One file to write: its split, folder and number, its members, the characters wanted."""
+    """One file to write: its split, folder and number, its members, the characters wanted.
+
+    `characters` is the data set's charset, none for level 1.
+    """
 
     split: str
     folder: str
@@ -164,13 +190,14 @@ class _Task:
     members: Sequence[Member]
     classes: frozenset[str]
     skip_faults: bool
+    characters: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
 class _Shard:
     """What went into a file, by (archive, writer, character), and what did not.
 
-    `skipped` counts by (reason, "count" or "bytes").
+    `skipped` counts by (reason, "count" or "bytes"); `faults` tells the pictures among it.
     """
 
     split: str
@@ -179,6 +206,7 @@ class _Shard:
     num_bytes: int = 0
     characters: Counts = dataclasses.field(default_factory=Counts)
     skipped: Counts = dataclasses.field(default_factory=Counts)
+    faults: list[str] = dataclasses.field(default_factory=list)
 
     def skip(self, reason: str, num_bytes: int) -> None:
         self.skipped[reason, "count"] += 1
@@ -201,12 +229,13 @@ def _write_shard(task: _Task, advance: Advance) -> _Shard:
     """Streams members into one ArrayRecord file: memory holds a few records at a time."""
     # The final name holds the number of files, known only once the empty ones are out.
     shard = _Shard(task.split, Path(task.folder, f"{task.split}.{task.number}.part"))
-    serializer = tfds.core.ExampleSerializer(features().get_serialized_info())
+    kinds = features(task.characters)
+    serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(str(shard.path), "group_size:1")
     for member in task.members:
         done = 0
         for example, end in _examples(member, task, shard):
-            serialized = serializer.serialize_example(features().encode_example(example))
+            serialized = serializer.serialize_example(kinds.encode_example(example))
             writer.write(serialized)
             shard.num_records += 1
             shard.num_bytes += len(serialized)
@@ -219,9 +248,9 @@ def _write_shard(task: _Task, advance: Advance) -> _Shard:
 
 def _examples(member: Member, task: _Task, shard: _Shard) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields (example, end of its record in the member) and counts what is kept and what is not."""
-    for number, record in enumerate(read_member(member, shard.skip if task.skip_faults else None)):
-        character = charset.tag_to_character(record.tag)
-        num_bytes = gnt.HEADER.size + record.bitmap.size
+    place = _place(task.characters)
+    for number, (character, record, end) in enumerate(_records(member, task, shard)):
+        num_bytes = end - record.offset
         if character is None and task.skip_faults:
             shard.skip("unknown tag", num_bytes)
         elif character is None:
@@ -229,21 +258,45 @@ def _examples(member: Member, task: _Task, shard: _Shard) -> Iterator[tuple[dict
                 f"{member.source}: byte {record.offset}: unknown tag {record.tag.hex()}; "
                 f"--on_error=skip goes on without it"
             )
-        elif character not in charset.class_index():
-            shard.skip("not a level-1 character", num_bytes)
+        elif character not in place:
+            kind = "not in the charset" if task.characters else "not a level-1 character"
+            shard.skip(kind, num_bytes)
         elif character not in task.classes:
             shard.skip("class without training characters", num_bytes)
         else:
             shard.characters[member.archive, member.writer, character] += 1
             example = {
                 "image": record.bitmap,
-                "label": charset.class_index()[character],
+                "label": place[character],
                 "character": character,
                 "writer": member.writer,
                 "source": member.source,
                 "record": number,
             }
-            yield example, record.offset + num_bytes
+            yield example, end
+
+
+def _records(
+    member: Member, task: _Task, shard: _Shard
+) -> Iterator[tuple[str | None, gnt.Record, int]]:
+    """Yields (character, record, end of it in the member); None where no character has its tag."""
+    if member.character:
+        try:
+            record = gnt.Record(b"", own.read_bitmap(member), 0)
+            yield member.character, record, member.num_bytes
+        except InputError as error:
+            shard.faults.append(str(error))
+            shard.skip("unusable picture", member.num_bytes)
+        return
+    for record in read_member(member, shard.skip if task.skip_faults else None):
+        end = record.offset + gnt.HEADER.size + record.bitmap.size
+        yield charset.tag_to_character(record.tag), record, end
+
+
+@functools.cache
+def _place(characters: tuple[str, ...]) -> dict[str, int]:
+    """Returns the map from a character to its label."""
+    return {character: index for index, character in enumerate(characters or charset.level1())}
 
 
 def _characters(shards: Sequence[_Shard]) -> Counts:
@@ -251,11 +304,15 @@ def _characters(shards: Sequence[_Shard]) -> Counts:
 
 
 def _manifest(
-    members: Sequence[Member], shards: Sequence[_Shard], skipped_before: Counts
+    members: Sequence[Member],
+    shards: Sequence[_Shard],
+    skipped_before: Counts,
+    characters: tuple[str, ...],
 ) -> dict[str, Any]:
     """Returns what the data set holds, as JSON: characters by split, archive, writer, class.
 
-    `doubts` are lines for a person, on what may be wrong though it can be read.
+    `doubts` are lines for a person, on what may be wrong though it can be read; `not_trained` are
+    the characters of a charset of one's own that no training writer wrote.
     """
     skipped = sum((shard.skipped for shard in shards), Counts(skipped_before))
     archives: Counts = Counts()
@@ -267,11 +324,11 @@ def _manifest(
             writers.setdefault(shard.split, Counts())[writer] += count
             classes.setdefault(shard.split, Counts())[character] += count
     ordered = {
-        split: {c: counts[c] for c in charset.level1() if c in counts}
+        split: {c: counts[c] for c in characters or charset.level1() if c in counts}
         for split, counts in classes.items()
     }
     return {
-        "fingerprint": fingerprint(members),
+        "fingerprint": fingerprint(members, characters),
         "classes": list(ordered["train"]),
         "characters_per_split": {split: counts.total() for split, counts in classes.items()},
         "characters_per_archive": archives,
@@ -282,7 +339,8 @@ def _manifest(
             for (reason, unit), count in sorted(skipped.items())
             if unit == "count"
         },
-        "doubts": _doubts(shards, ordered),
+        "doubts": [] if any(member.character for member in members) else _doubts(shards, ordered),
+        "not_trained": [c for c in characters if c not in ordered["train"]],
     }
 
 

@@ -18,6 +18,25 @@ def level1() -> tuple[str, ...]:
 
 
 @functools.cache
+def chinese() -> tuple[str, ...]:
+    """Returns the 20,902 characters from U+4E00 to U+9FA5: all of GBK's, those of GB2312 first.
+
+    CASIA-HWDB1.0 and 1.2 hold some hundred characters beyond GB2312.
+
+    >>> len(chinese()), chinese()[:3755] == level1()
+    (20902, True)
+    """
+
+    def place(character: str) -> bytes:
+        try:
+            return character.encode("gb2312")
+        except UnicodeEncodeError:
+            return b"\xff" + character.encode("utf-16-be")
+
+    return tuple(sorted(map(chr, range(0x4E00, 0x9FA6)), key=place))
+
+
+@functools.cache
 def class_index() -> dict[str, int]:
     """Returns the map from a level-1 character to its place in `level1()`."""
     return {character: index for index, character in enumerate(level1())}

@@ -1,7 +1,8 @@
-"""Makes data sets: from CASIA archives, or from the embedded simulated writers."""
+"""Makes data sets: from CASIA archives, pictures of one's own, or embedded simulated writers."""
 
 import collections
 import contextlib
+import dataclasses
 import io
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hccr_jax.data import archives as archives_lib
-from hccr_jax.data import charset, store, strokes
+from hccr_jax.data import charset, own, store, strokes
 from hccr_jax.errors import InputError
 
 
@@ -28,17 +29,24 @@ def prepare(
     name: str = "casia_hwdb",
     on_error: str = "stop",
     overwrite: bool = False,
+    *,
+    test_archives: Sequence[str | Path] = (),
+    pictures: str | Path | None = None,
+    characters: Sequence[str] = (),
 ) -> Prepared:
-    """Makes the data set `name` from archives, unless it is there, made from the same archives.
+    """Makes the data set `name`, unless it is there, made from the same archives or pictures.
 
     It appears in its place complete or not at all, whatever ends this process.
 
     Args:
-      archives: zips, folders or `.gnt` files.
+      archives: zips, folders or `.gnt` files; none with `pictures`.
       data_dir: folder of all data sets.
       name: the data set's name: lower-case letters, digits and underscores.
       on_error: "stop" at the first damaged file or record, or "skip" and count it.
       overwrite: replace a data set made from other archives.
+      test_archives: where given, the test split is these, and the others are all to train on.
+      pictures: a folder or a CSV file of pictures named by character, see `own.list_pictures`.
+      characters: the charset; none for the level-1 characters of archives, and for all of pictures.
 
     Raises:
       InputError: an argument, an archive or a record is wrong, or other archives were used before.
@@ -46,32 +54,57 @@ def prepare(
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise InputError(f"name={name!r}: use lower-case letters, digits and underscores")
     skipped: collections.Counter[Any] = collections.Counter()
+    faults: list[str] = []
 
     def skip(reason: str, num_bytes: int) -> None:
         skipped.update({(reason, "count"): 1, (reason, "bytes"): num_bytes})
 
-    members = archives_lib.list_members(archives, skip if on_error == "skip" else None)
+    if pictures is not None:
+        members = own.list_pictures(pictures, faults, skip)
+        characters = characters or sorted({member.character for member in members})
+    else:
+        members = _list_members(archives, test_archives, skip if on_error == "skip" else None)
     folder = store.dataset_folder(name, data_dir)
     with store.exclusive(Path(data_dir, f".{name}.lock")):
         if folder.exists() and not overwrite:
             manifest = store.read_manifest(name, data_dir)
-            if manifest["fingerprint"] == archives_lib.fingerprint(members):
+            if manifest["fingerprint"] == archives_lib.fingerprint(members, characters):
                 return Prepared(folder, manifest, is_new=False)
             raise InputError(
-                f"{folder} was made from other archives: give --overwrite to replace it, or "
-                f"another --name or --data_dir to keep both"
+                f"{folder} was made from other archives or pictures: give --overwrite to "
+                f"replace it, or another --name or --data_dir to keep both"
             )
-        _build(name, data_dir, members, on_error, skipped)
+        _build(
+            data_dir,
+            name=name,
+            members=members,
+            skip_faults=on_error == "skip",
+            skipped=skipped,
+            characters=characters,
+            faults=faults,
+        )
     return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
 
 
-def _build(
-    name: str,
-    data_dir: str | Path,
-    members: Sequence[archives_lib.Member],
-    on_error: str,
-    skipped: collections.Counter[Any],
-) -> None:
+def _list_members(
+    archives: Sequence[str | Path],
+    test_archives: Sequence[str | Path],
+    on_fault: archives_lib.OnFault | None,
+) -> list[archives_lib.Member]:
+    """Returns the members of archives, split as they say, or by the two lists if there are two."""
+    members = archives_lib.list_members(archives, on_fault)
+    if not test_archives:
+        return members
+    test = archives_lib.list_members(test_archives, on_fault)
+    # The archives may be given as a folder that holds the test archives too.
+    tested = {(member.num_bytes, member.crc32) for member in test}
+    train = [member for member in members if (member.num_bytes, member.crc32) not in tested]
+    return [dataclasses.replace(member, split="train") for member in train] + [
+        dataclasses.replace(member, split="test") for member in test
+    ]
+
+
+def _build(data_dir: str | Path, name: str, **options: Any) -> None:
     """Builds aside, where no reader looks, and renames; what a killed run left there goes first."""
     from hccr_jax.data import casia_hwdb  # slow to import: wrong input should be told at once
 
@@ -79,13 +112,7 @@ def _build(
     staging = Path(data_dir, f"incomplete.{name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        builder = casia_hwdb.CasiaHwdb(
-            data_dir=staging,
-            name=name,
-            members=members,
-            skip_faults=on_error == "skip",
-            skipped=skipped,
-        )
+        builder = casia_hwdb.CasiaHwdb(data_dir=staging, name=name, **options)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size
             builder.download_and_prepare(file_format="array_record", download_dir=staging / "none")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hccr_jax.data import canvas, charset, store
+from hccr_jax.data import canvas, store
 from hccr_jax.data.workers import Advance, WorkerPool
 from hccr_jax.errors import InputError
 
@@ -26,7 +26,7 @@ class Split:
     Attributes:
       images: uint8 (N, S, S), ink high, paper 0; from `load_split` memory-mapped and read-only.
       labels: int32 (N,), index into `classes`.
-      classes: the level-1 characters that occur in train, in GB2312 order. `prepare` keeps no
+      classes: the characters that occur in train, in the charset's order. `prepare` keeps no
         record of another class, in any split, so every label is in range.
       writers: str (N,), who wrote the row.
       record_numbers: int32 (N,), the record's number in the member it came from.
@@ -234,6 +234,8 @@ class _Part(NamedTuple):
 def _normalise(task: _Task, advance: Advance) -> _Part:
     """Fills the task's rows of the array and returns the facts of each."""
     source = _records(task.folder, task.split)
+    classes = json.loads((task.folder / store.MANIFEST).read_text("utf-8"))["classes"]
+    place = {character: index for index, character in enumerate(classes)}
     images = np.load(task.images, mmap_mode="r+")
     labels, writers, sources, numbers = [], [], [], []
     for start in range(task.start, task.stop, _READ_ROWS):
@@ -242,26 +244,18 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
             images[row] = canvas.normal_form(
                 record["image"], images.shape[1], task.margin_px, task.aspect
             )
-            labels.append(record["label"])
+            labels.append(place[record["character"].decode()])
             writers.append(record["writer"].decode())
             sources.append(record["source"].decode())
             numbers.append(record["record"])
         advance(len(rows))
     images.flush()
     return _Part(
-        _train_class_of_level1(task.folder)[labels],
+        np.array(labels, np.int32),
         np.array(writers),
         np.array(sources),
         np.array(numbers, np.int32),
     )
-
-
-def _train_class_of_level1(folder: Path) -> np.ndarray:
-    """Returns int32 (3755,): the index in the manifest's classes, -1 for characters not there."""
-    classes = json.loads((folder / store.MANIFEST).read_text("utf-8"))["classes"]
-    place = np.full(len(charset.level1()), -1, np.int32)
-    place[[charset.class_index()[character] for character in classes]] = np.arange(len(classes))
-    return place
 
 
 def _remove_other_versions(cache: Path, form: str) -> None:

@@ -28,6 +28,11 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
+        if name != "casia_hwdb":
+            raise InputError(
+                f"no data set {name} in {data_dir}: make it with `python -m hccr_jax.data.prepare "
+                f"--pictures=FOLDER --data_dir={data_dir} --name={name}`, or from --archives=…"
+            ) from error
         raise InputError(
             f"no data set {name} in {data_dir}: download Gnt1.1TrainPart1.zip, "
             f"Gnt1.1TrainPart2.zip and Gnt1.1Test.zip from https://nlpr.ia.ac.cn/databases/Download"
