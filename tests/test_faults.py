@@ -173,12 +173,17 @@ def test_every_file_of_a_step_can_be_lost(
 
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]
-CALM = [
+HUNDRED = [
     "--config.num_steps=100", "--config.batch_size=32", "--config.eval.every_steps=100",
     "--config.log_every_steps=1",
 ]  # fmt: skip
-# Adam divides by small numbers, and so makes of rounding what it makes of gradients.
-SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"
+# A network without batch norms: a deep stack of them, fresh, makes of rounding some thousand times
+# as much in a step (docs/reliability.md). Nor Adam, which divides by small numbers.
+CALM = [
+    "--config.model.name=lenet5", "--config.model.width=1.0", "--config.model.dropout_rate=0.0",
+    "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01",
+    "--config.optimizer.decay_epochs=100.0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +196,7 @@ def layouts(
         folders = {}
         for processes, devices in LAYOUTS:
             workdir = tmp_path_factory.mktemp(f"layout_{processes}x{devices}")
-            job = [*tiny_job, *CALM, *flags]
+            job = [*tiny_job, *HUNDRED, *flags]
             if processes == 1:
                 complete(job, workdir, devices)
             else:
@@ -214,15 +219,12 @@ def test_strict_runs_have_the_same_bits_on_every_layout(
 def test_runs_on_every_layout_agree(
     layouts: Callable[..., dict[tuple[int, int], Path]],
 ) -> None:
-    folders = layouts(*SGD)
+    folders = layouts(*CALM)
     alone = saved(folders[1, 1], 100)
+    assert rows(folders[1, 1])[99]["train/loss"] < rows(folders[1, 1])[0]["train/loss"] - 0.2
     for layout in LAYOUTS[1:]:
         other = saved(folders[layout], 100)
-        gaps = [
-            np.abs(other[name] - alone[name]).max() for name in alone if name.startswith("params")
-        ]
-        print(layout, max(gaps))
-        assert max(gaps) < 1e-6
+        assert max(np.abs(other[name] - alone[name]).max() for name in alone) < 1e-6, layout
 
 
 def test_a_checkpoint_moves_between_eight_one_and_four_devices(
