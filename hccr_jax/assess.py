@@ -1,6 +1,7 @@
 """The last evaluation of a network: every test that its config asks for, and the report."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -8,15 +9,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hccr_jax import plots, processes, report, robustness, sheets, suspects
+from hccr_jax import calibration, plots, processes, report, robustness, sheets, suspects
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
 from hccr_jax.data.splits import Split
-from hccr_jax.evaluate import Evaluation, evaluate
+from hccr_jax.evaluate import Evaluation, evaluate, read_logits
 from hccr_jax.files import replace_text
 from hccr_jax.job import dataset_name, load, load_training
 from hccr_jax.models.registry import count_parameters
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained
+from hccr_jax.train_step import make_logits_step
 
 
 def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
@@ -50,12 +52,45 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results["multiply_adds"] = network.multiply_adds
     results["views"] = network.num_views
     results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")
+    if config.data.validation_split not in learnt:
+        results |= _calibrate(pretrained, answers, split)
     results |= _evaluate_distorted(config, answer, split, workdir)
     if config.eval.suspects:
         results |= _find_suspects(config, answer, workdir, pretrained.step)
     if processes.is_first():
         _write_results(workdir, results, answers, split)
     return results
+
+
+def _calibrate(pretrained: Pretrained, answers: Evaluation, split: Split) -> dict[str, Any]:
+    """Returns the temperature that fits the validation split, and what it does for the test split.
+
+    Args:
+      pretrained: the network; it has not seen the validation split.
+      answers: to the test split.
+      split: the test split.
+    """
+    network, config = pretrained.network, pretrained.config
+    step = make_logits_step(network.apply, network.mesh, network.views)
+
+    def read(split: Split, max_rows: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        variables, size = (network.params, network.batch_stats), network.eval_batch_size
+        return read_logits(step, *variables, split, size, network.mesh, max_rows)
+
+    batches = read(load(config, config.data.validation_split), calibration.FIT_IMAGES)
+    logits, labels = map(np.concatenate, zip(*batches, strict=True))
+    temperature = calibration.fit_temperature(logits, labels)
+    confidence = np.concatenate(
+        [calibration.probabilities(logits, temperature).max(1) for logits, _ in read(split, None)]
+    )
+    is_right = answers.candidates[:, 0] == answers.labels
+    return {
+        "temperature": temperature,
+        "calibration_error": {
+            "as_trained": calibration.calibration_error(answers.probabilities[:, 0], is_right),
+            "calibrated": calibration.calibration_error(confidence, is_right),
+        },
+    }
 
 
 def _evaluate_distorted(

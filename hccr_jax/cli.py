@@ -40,8 +40,13 @@ def parse(values: flags.FlagValues, argv: list[str]) -> None:
         config_lib.check(values.config)
 
 
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parses a command line into `values`.
+def parse_flags(
+    values: flags.FlagValues, argv: list[str], takes_arguments: bool = False
+) -> list[str]:
+    """Parses a command line into `values` and returns its arguments that are no flags.
+
+    Args:
+      takes_arguments: False where there may be none.
 
     Raises:
       InputError: a flag is wrong.
@@ -53,8 +58,9 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
         raise _wrong_flag(error) from error
     finally:
         sys.argv = before
-    if rest and not values.help:
+    if rest and not takes_arguments and not values.help:
         raise InputError(f"unexpected argument {rest[0]!r}: every flag starts with --, see --help")
+    return rest
 
 
 @dataclasses.dataclass(frozen=True)

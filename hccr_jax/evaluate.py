@@ -1,7 +1,7 @@
 """One exact pass over a split."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,3 +82,31 @@ def evaluate(
     whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
     losses, candidates, probabilities = (part[:count] for part in whole)
     return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))
+
+
+def read_logits(
+    logits_step: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    split: Split,
+    batch_size: int,
+    mesh: Mesh,
+    max_rows: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields a split's logits float32 (n, K) and labels int32 (n,), batch by batch.
+
+    Args:
+      logits_step: from `train_step.make_logits_step`.
+      params, batch_stats, split, batch_size, mesh: as for `evaluate`.
+      max_rows: the most records to read, evenly over the split; None for all.
+    """
+    count, mine = len(split.labels), process_rows(batch_size)
+    num_rows = min(count, max_rows or count)
+    chosen = np.arange(num_rows) * count // num_rows
+    for start in range(0, num_rows, batch_size):
+        last = min(start + batch_size, num_rows)
+        rows = chosen[np.minimum(np.arange(start, start + batch_size), num_rows - 1)]
+        images = sharding.put_batch(gather(split, rows[mine]).images, mesh)
+        logits = np.asarray(logits_step(params, batch_stats, images))[: last - start]
+        watchdog.beat("calibrating", watchdog.SLOW)
+        yield logits, split.labels[chosen[start:last]]

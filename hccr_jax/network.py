@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax import sharding
-from hccr_jax.augment import create_views
+from hccr_jax.augment import Views, create_views
 from hccr_jax.models.registry import Apply, create_model, split_model, summarize
 from hccr_jax.train_state import INIT, stream_key
 from hccr_jax.train_step import make_eval_step
@@ -29,8 +29,8 @@ class Network:
       params, batch_stats: initial, on every device.
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
-      num_views: of an image in an evaluation.
       eval_batch_size: images of a batch in an evaluation, fewer the more views each has.
+      views: of an image in an evaluation; None for the image alone.
     """
 
     mesh: Mesh
@@ -40,8 +40,13 @@ class Network:
     batch_stats: Any
     summary: str
     multiply_adds: int
-    num_views: int
     eval_batch_size: int
+    views: Views | None = None
+
+    @property
+    def num_views(self) -> int:
+        """Of an image in an evaluation."""
+        return len(self.views.maps) if self.views else 1
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -76,7 +81,7 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     # As many images as devices share, so that views need no more memory.
     images = max(config.eval.batch_size // num_views // mesh.size, 1) * mesh.size
     return Network(
-        mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, num_views, images
+        mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, images, views
     )
 
 

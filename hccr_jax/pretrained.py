@@ -14,6 +14,7 @@ from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.errors import InputError
 from hccr_jax.network import Network, create_network
 
+EVAL_DEFAULTS = {"views": 1, "flip_views": False, "upright_prior": 0.25}
 NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
 
 
@@ -57,14 +58,14 @@ def find_checkpoints(path: str | Path) -> Path:
 
 
 def load_pretrained(
-    path: str | Path, config: ConfigDict, network: Network | None = None
+    path: str | Path, config: ConfigDict | None = None, network: Network | None = None
 ) -> Pretrained:
     """Returns the network of the best step of a run.
 
     Args:
       path: folder of a run, or its folder checkpoints.
       config: how to use it; the network, the images' normal form, the training split and which of
-        its labels were shuffled are the run's own.
+        its labels were shuffled are the run's own. None: as the run itself evaluates.
       network: of that run, where it is at hand, compiled.
 
     Raises:
@@ -80,12 +81,15 @@ def load_pretrained(
             )
         about = checkpoints.about(step)
         trained, classes = about["config"], tuple(about["classes"])
-        config = config.copy_and_resolve_references()
-        if unknown := sorted(trained["model"].keys() - config.model.keys()):
+        if unknown := [key for key in trained["model"] if f"model.{key}" not in config_lib.RULES]:
             raise InputError(
                 f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
                 f"have the option {unknown[0]}"
             )
+        if config is None:
+            config = ConfigDict({**trained, "model": config_lib.MODEL_DEFAULTS | trained["model"]})
+            config.eval = ConfigDict(EVAL_DEFAULTS | trained["eval"])
+        config = config.copy_and_resolve_references()
         # What an older run does not name was as the defaults are.
         config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
         own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]

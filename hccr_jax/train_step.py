@@ -294,14 +294,7 @@ def make_eval_step(
     """
 
     def local_step(params, batch_stats, images, labels):
-        seen = to_float(images)
-        if views is not None:
-            maps = jnp.repeat(jnp.asarray(views.maps), len(images), axis=0)
-            seen = warp(jnp.tile(seen, (len(views.maps), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
-        logits, _ = apply(params, batch_stats, seen[..., None])
-        if views is not None:
-            logits = logits.reshape(len(views.maps), len(images), -1)
-            logits = combine_views(logits, jnp.asarray(views.weights))
+        logits = _logits(apply, views, params, batch_stats, images)
         scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
         probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
         results = losses.cross_entropy(logits, labels), classes, probabilities
@@ -314,6 +307,44 @@ def make_eval_step(
             out_specs=(whole, whole, whole), check_vma=False,
         )
     )  # fmt: skip
+
+
+def make_logits_step(
+    apply: Apply, mesh: Mesh, views: Views | None = None
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Returns the jitted step that gives the scores of all classes.
+
+    Args:
+      apply, mesh, views: as for `make_eval_step`.
+
+    Returns:
+      step(params, batch_stats, images uint8 (B, S, S)) -> logits float32 (B, K), on every device;
+      of several views the logarithms of the combined probabilities.
+    """
+
+    def local_step(params, batch_stats, images):
+        logits = _logits(apply, views, params, batch_stats, images)
+        return lax.all_gather(logits, DATA_AXIS, tiled=True)
+
+    whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    return jax.jit(
+        jax.shard_map(
+            local_step, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False
+        )
+    )
+
+
+def _logits(
+    apply: Apply, views: Views | None, params: Any, batch_stats: Any, images: jax.Array
+) -> jax.Array:
+    seen = to_float(images)
+    if views is None:
+        return apply(params, batch_stats, seen[..., None])[0]
+    maps = jnp.repeat(jnp.asarray(views.maps), len(images), axis=0)
+    seen = warp(jnp.tile(seen, (len(views.maps), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
+    logits, _ = apply(params, batch_stats, seen[..., None])
+    logits = logits.reshape(len(views.maps), len(images), -1)
+    return combine_views(logits, jnp.asarray(views.weights))
 
 
 def combine_views(logits: jax.Array, weights: jax.Array) -> jax.Array:

@@ -85,7 +85,7 @@ def network_of(channels: int, num_classes: int, seed: int) -> Network:
         is_leaf=lambda node: isinstance(node, tuple),
     )
     statistics = {"blocks": {0: {"mean": jnp.array(rng.normal(size=channels), jnp.float32)}}}
-    return Network(None, None, None, params, statistics, "", 0, 1, 8)
+    return Network(None, None, None, params, statistics, "", 0, 8)
 
 
 def trained(tiny_job: list[str], network: Network, classes: str) -> Pretrained:

@@ -1,0 +1,198 @@
+"""A trained recogniser in a program of one's own.
+
+Example::
+
+    from hccr_jax.recognizer import Recognizer
+
+    recognizer = Recognizer.load("runs/v2")
+    recognizer("character.png")  # [Candidate(character='啊', probability=0.98), …]
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from PIL import Image
+
+from hccr_jax import calibration, sharding
+from hccr_jax.data import canvas, ink, pictures
+from hccr_jax.errors import InputError
+from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
+from hccr_jax.train_step import make_logits_step
+
+BATCHES = (1, 8, 64)  # images on each device: one compiled program each, and no others
+
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class Candidate(NamedTuple):
+    """A character that an image may show, and how likely, from 0 to 1."""
+
+    character: str
+    probability: float
+
+
+class Recognizer:
+    """A trained network with everything between a picture and the characters that it may show.
+
+    Attributes:
+      classes: the characters it knows.
+      temperature: that its logits are divided by.
+      is_calibrated: whether the temperature was fitted; otherwise it is 1, and the probabilities
+        may be too sure or too modest.
+      form: what `canvas.normal_form` is called with besides a bitmap.
+    """
+
+    def __init__(self, pretrained: Pretrained, temperature: float | None = None) -> None:
+        """Takes a trained network.
+
+        Args:
+          pretrained: from `pretrained.load_pretrained`.
+          temperature: fitted to the validation split; None where there is none.
+        """
+        network, data = pretrained.network, pretrained.config.data
+        self.classes = pretrained.classes
+        self.temperature = 1.0 if temperature is None else temperature
+        self.is_calibrated = temperature is not None
+        self.form = [data[key] for key in NORMAL_FORM]
+        self._step = make_logits_step(network.apply, network.mesh, network.views)
+        self._variables = network.params, network.batch_stats
+        self._mesh = network.mesh
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Returns the recogniser of a run's best step, with as many views as the run evaluates.
+
+        The temperature is that of the run's eval.json, where it is of this step and these views.
+
+        Args:
+          path: folder of a run, or its folder checkpoints.
+
+        Raises:
+          InputError: there is no such run, or no checkpoint in it.
+        """
+        pretrained = load_pretrained(path)
+        return cls(pretrained, read_temperature(pretrained))
+
+    def __call__(self, picture: Picture, top: int = 5) -> list[Candidate]:
+        """Returns the best candidates for the one character on a picture, best first.
+
+        Args:
+          picture: see `prepare`.
+          top: the most candidates to return.
+
+        Raises:
+          InputError: the picture cannot be read or shows no ink.
+        """
+        return self.classify(self.prepare(picture)[None], top)[0]
+
+    def recognize(self, images: Iterable[Picture], top: int = 5) -> Iterator[list[Candidate]]:
+        """Yields the candidates of each of many pictures, which are read batch by batch.
+
+        Args:
+          images: see `prepare`.
+          top: the most candidates of each.
+
+        Raises:
+          InputError: a picture cannot be read or shows no ink.
+        """
+        for forms in in_batches(map(self.prepare, images), self.batch_size):
+            yield from self.classify(np.stack(forms), top)
+
+    def prepare(self, picture: Picture) -> np.ndarray:
+        """Returns a picture of one character in normal form, uint8 (S, S), ink high.
+
+        Args:
+          picture: a PNG or JPEG file, or an image or array as `pictures.to_grey` takes it; dark on
+            light or light on dark, of any size, colour and light.
+
+        Raises:
+          InputError: it cannot be read, or shows no ink.
+        """
+        name = "image"
+        if isinstance(picture, str | Path):
+            name = str(picture)
+            grey, record, _ = next(pictures.open_pictures(Path(picture).expanduser()))
+            if record is not None:
+                raise InputError(f"{name}: a GNT file: give its bitmaps one by one")
+        else:
+            grey = pictures.to_grey(picture, name)
+        return self.to_normal_form(ink.to_bitmap(grey, name))
+
+    def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
+        """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""
+        return canvas.normal_form(bitmap, *self.form)
+
+    def classify(self, forms: np.ndarray, top: int = 5) -> list[list[Candidate]]:
+        """Returns the best candidates for images in normal form, best first.
+
+        Args:
+          forms: uint8 (N, S, S), ink high, paper 0.
+          top: the most candidates of each.
+        """
+        answers: list[list[Candidate]] = []
+        for start in range(0, len(forms), self.batch_size):
+            batch = forms[start : start + self.batch_size]
+            weights = calibration.probabilities(self._logits(batch), self.temperature)
+            places = np.argsort(-weights, axis=1, kind="stable")[:, :top]
+            best = np.take_along_axis(weights, places, axis=1)
+            answers += [
+                [Candidate(self.classes[i], float(p)) for i, p in zip(*row, strict=True)]
+                for row in zip(places, best, strict=True)
+            ]
+        return answers
+
+    @property
+    def batch_size(self) -> int:
+        """Images that go through together."""
+        return BATCHES[-1] * self._mesh.size
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no later call waits for one."""
+        for size in BATCHES:
+            self._logits(np.zeros((size * self._mesh.size, *[self.form[0]] * 2), np.uint8))
+
+    def _logits(self, forms: np.ndarray) -> np.ndarray:
+        """Returns the logits of at most a batch, filled up to the next size that is compiled."""
+        size = next(n * self._mesh.size for n in BATCHES if n * self._mesh.size >= len(forms))
+        filled = np.zeros((size, *forms.shape[1:]), np.uint8)
+        filled[: len(forms)] = forms
+        images = sharding.put_batch(filled, self._mesh)
+        return np.asarray(self._step(*self._variables, images))[: len(forms)]
+
+
+def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yields lists of `size` items, the last one shorter.
+
+    >>> list(in_batches("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read_temperature(pretrained: Pretrained) -> float | None:
+    """Returns the temperature in a run's eval.json, or None where it is not of these weights.
+
+    Args:
+      pretrained: the weights, and the views of an image that the temperature goes with.
+    """
+    path = pretrained.source.parent.parent / "eval.json"
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        known = results["step"], results["views"], float(results["temperature"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    *which, temperature = known
+    fits = which == [pretrained.step, pretrained.network.num_views]
+    return temperature if fits and temperature > 0 else None
