@@ -15,7 +15,7 @@ weights and the list of layers.
 
   format        dtypes                       runs in                  needs
   onnx          float32, float16, int8       ONNX Runtime             pip install 'hccr_jax[export]'
-  stablehlo     float32, float16             JAX, on CPU and CUDA
+  stablehlo     float32, float16             JAX, on CPU and CUDA     pip install 'hccr_jax[export]'
   safetensors   float32, float16 (weights)   anything; here in NumPy  pip install 'hccr_jax[export]'
 
 int8 is calibrated on images of the training split. Beside FILE lies FILE.golden.npz: a description
@@ -61,7 +61,7 @@ from hccr_jax.train_step import to_float
 # The dtypes and the optional packages of each format.
 FORMATS = {
     "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime")),
-    "stablehlo": (("float32", "float16"), ()),
+    "stablehlo": (("float32", "float16"), ("flatbuffers",)),
     "safetensors": (("float32", "float16"), ("safetensors",)),
 }
 # How far probabilities may lie from the golden ones; those of int8 depend on how a runtime rounds.

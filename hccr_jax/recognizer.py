@@ -42,6 +42,7 @@ class Recognizer:
       temperature: that its logits are divided by.
       is_calibrated: whether the temperature was fitted; otherwise it is 1, and the probabilities
         may be too sure or too modest.
+      form: what `canvas.normal_form` is called with besides a bitmap.
     """
 
     def __init__(self, pretrained: Pretrained, temperature: float | None = None) -> None:
@@ -55,7 +56,7 @@ class Recognizer:
         self.classes = pretrained.classes
         self.temperature = 1.0 if temperature is None else temperature
         self.is_calibrated = temperature is not None
-        self._form = [data[key] for key in NORMAL_FORM]
+        self.form = [data[key] for key in NORMAL_FORM]
         self._step = make_logits_step(network.apply, network.mesh, network.views)
         self._variables = network.params, network.batch_stats
         self._mesh = network.mesh
@@ -122,7 +123,7 @@ class Recognizer:
 
     def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
         """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""
-        return canvas.normal_form(bitmap, *self._form)
+        return canvas.normal_form(bitmap, *self.form)
 
     def classify(self, forms: np.ndarray, top: int = 5) -> list[list[Candidate]]:
         """Returns the best candidates for images in normal form, best first.
@@ -151,7 +152,7 @@ class Recognizer:
     def warm_up(self) -> None:
         """Compiles every program, so that no later call waits for one."""
         for size in BATCHES:
-            self._logits(np.zeros((size * self._mesh.size, *[self._form[0]] * 2), np.uint8))
+            self._logits(np.zeros((size * self._mesh.size, *[self.form[0]] * 2), np.uint8))
 
     def _logits(self, forms: np.ndarray) -> np.ndarray:
         """Returns the logits of at most a batch, filled up to the next size that is compiled."""

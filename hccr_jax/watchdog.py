@@ -72,6 +72,7 @@ class _Watch:
         while not self.ended.wait(self.poll):
             said: dict[str, Any] = {"count": self.count, "doing": self.doing, "time": time.time()}
             said["name"] = f"process {jax.process_index()} ({socket.gethostname()}, {os.getpid()})"
+            said["where"] = _where_main_is()
             try:
                 key = f"{_KEYS}/{jax.process_index()}"
                 client.key_value_set(key, json.dumps(said), allow_overwrite=True)
@@ -86,12 +87,18 @@ class _Watch:
         behind = min(said["count"] for said in heard)
         ahead = max(said["count"] for said in heard)
         late = silent or [said for said in heard if said["count"] == behind < ahead]
-        for said in late:
+        for said in late or heard:
+            title = "late" if late else "at the same point"
             ago = f", last heard of {newest - said['time']:.0f} s ago" if silent else ""
-            sys.stderr.write(f"late: {said['name']}: {said['doing']}{ago}\n")
-        if not late:
-            sys.stderr.write("late: none; all processes are at the same point\n")
+            text = f"{title}: {said['name']}: {said['doing']}, in {said['where']}{ago}\n"
+            sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def _where_main_is() -> str:
+    """Returns the function and line that the main thread is in."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
 def _store() -> Any:

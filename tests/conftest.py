@@ -1,6 +1,7 @@
 """Rules of the whole suite: warnings are errors, JAX is strict, four CPU devices stand for many."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     # ml_collections loads a config file in a way that Python 3.12 drops.
     config.addinivalue_line("filterwarnings", "ignore:the load_module:DeprecationWarning")

@@ -48,8 +48,11 @@ def steps_saved(workdir: Path) -> list[int]:
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Returns every array of a checkpoint by its path, read without this package."""
     arrays = {}
+    folder = workdir.absolute() / "checkpoints" / str(step)
     for item in ("params", "eval_batch_stats", "progress"):
-        path = workdir.absolute() / "checkpoints" / str(step) / item
+        path = folder / item
+        if not path.exists():  # a network without batch norms
+            continue
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             there = checkpointer.metadata(path).item_metadata.tree
             # As NumPy arrays, whatever devices they were saved from.

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ from PIL import Image
 from hccr_jax import demo
 from hccr_jax.augment import create_views, warp
 from hccr_jax.data import canvas, drawing
+from hccr_jax.data.archives import list_members, read_member
 from hccr_jax.data.handwriting import create_writer, draw
 from hccr_jax.errors import InputError
 from hccr_jax.recognizer import Recognizer
@@ -249,30 +252,54 @@ def test_javascript_sees_and_combines_views_as_python_does():
     np.testing.assert_allclose(run_in_node(program, values), expected, atol=1e-5)
 
 
+def forms_in_node(pictures: list[np.ndarray], recognizer: Recognizer) -> list[list[int] | None]:
+    """Returns what the page makes of pictures: normal forms, or None where it finds no ink."""
+    program = f"""return input.map(({{ width, height, data }}) => {{
+      const bitmap = pictureToBitmap({{ width, height, data: Uint8Array.from(data) }});
+      return bitmap && Array.from(normalForm(bitmap, ...{json.dumps(recognizer.form)}));
+    }});"""
+    return run_in_node(program, [
+        {"width": p.shape[1], "height": p.shape[0], "data": p.ravel().tolist()} for p in pictures
+    ])  # fmt: skip
+
+
+def in_shadow(picture: np.ndarray) -> np.ndarray:
+    y, x = np.mgrid[-1 : 1 : 1j * picture.shape[0], -1 : 1 : 1j * picture.shape[1]]
+    lamp = 0.2 * np.exp(-8 * (x**2 + y**2))
+    return np.rint(picture * (0.65 + 0.15 * x - 0.1 * y + lamp)).astype(np.uint8)
+
+
 @needs_node
-@pytest.mark.parametrize("invert", [False, True])
-def test_javascript_finds_the_ink_of_a_picture(recognizer: Recognizer, invert: bool):
-    program = """return input.map(({ width, height, data }) => {
-      const bitmap = pictureToBitmap({ width, height, data: Uint8Array.from(data) });
-      return bitmap && Array.from(normalForm(bitmap, 32, 2, "keep"));
-    });"""
-    pictures = [np.full((20, 30), 255, np.uint8)]
+@pytest.mark.parametrize("change", [np.array, np.invert, in_shadow])
+def test_javascript_finds_the_ink_of_a_picture(recognizer: Recognizer, change: Any):
+    pictures = [np.full((200, 300), 255, np.uint8)]
     for seed, character in enumerate("永国我三"):
         bitmap = draw(character, create_writer(seed), np.random.default_rng(seed))
         grey = np.pad(bitmap, 30, constant_values=255)
         pictures.append(
             grey if seed % 2 else np.asarray(Image.fromarray(grey).resize((1300, 1500)))
         )
-    if invert:
-        pictures = [255 - picture for picture in pictures]
-    values = [
-        {"width": p.shape[1], "height": p.shape[0], "data": p.ravel().tolist()} for p in pictures
-    ]
-    blank, *forms = run_in_node(program, values)
+    pictures = list(map(change, pictures))
+    blank, *forms = forms_in_node(pictures, recognizer)
     assert blank is None
     for picture, form in zip(pictures[1:], forms, strict=True):
         difference = np.subtract(form, recognizer.prepare(picture).ravel(), dtype=int)
-        assert np.abs(difference).mean() < 2.0
+        assert np.abs(difference).max() <= 1
+
+
+@needs_node
+def test_the_page_and_python_agree_on_500_scans(casia_dir: Path, recognizer: Recognizer):
+    members = list_members([casia_dir / "HWDB1.1-100tst_gnt.zip"])
+    records = itertools.chain.from_iterable(itertools.islice(read_member(m), 9) for m in members)
+    bitmaps = [record.bitmap for record in itertools.islice(records, 500)]
+    assert len(bitmaps) == 500
+    forms = np.array(forms_in_node(bitmaps, recognizer), np.uint8)
+    expected = np.stack([recognizer.prepare(bitmap) for bitmap in bitmaps])
+    forms = forms.reshape(expected.shape)
+    assert np.abs(np.subtract(forms, expected, dtype=int)).max() <= 1
+    page, python = recognizer.classify(forms), recognizer.classify(expected)
+    for one, other in zip(page, python, strict=True):
+        assert [c.character for c in one] == [c.character for c in other]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

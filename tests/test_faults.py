@@ -96,12 +96,13 @@ def test_fifty_kills_at_random_moments_cost_no_bit(tiny_job: list[str], tmp_path
     workdir, startup = tmp_path / "killed", 0.0
     for _ in range(50):
         began, before = time.monotonic(), len(rows(workdir))
-        # Half of the kills come before the first new step, half soon after it.
+        # Half of the kills come before the first new step, half after some.
         waits_for_steps = startup == 0.0 or rng.random() < 0.5
         process = start(endless, workdir, devices=1)
         try:
             if waits_for_steps:
-                wait_for(process, lambda before=before: len(rows(workdir)) > before)
+                enough = before + rng.integers(1, 30)
+                wait_for(process, lambda enough=enough: len(rows(workdir)) >= enough)
                 startup = time.monotonic() - began
                 time.sleep(rng.uniform(0, 0.5))
             else:
@@ -173,12 +174,17 @@ def test_every_file_of_a_step_can_be_lost(
 
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)]
-CALM = [
+HUNDRED = [
     "--config.num_steps=100", "--config.batch_size=32", "--config.eval.every_steps=100",
     "--config.log_every_steps=1",
 ]  # fmt: skip
-# Adam divides by small numbers, and so makes of rounding what it makes of gradients.
-SGD = "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"
+# A network without batch norms: a deep stack of them, fresh, makes of rounding some thousand times
+# as much in a step (docs/reliability.md). Nor Adam, which divides by small numbers.
+CALM = [
+    "--config.model.name=lenet5", "--config.model.width=1.0", "--config.model.dropout_rate=0.0",
+    "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.01",
+    "--config.optimizer.decay_epochs=100.0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +197,7 @@ def layouts(
         folders = {}
         for processes, devices in LAYOUTS:
             workdir = tmp_path_factory.mktemp(f"layout_{processes}x{devices}")
-            job = [*tiny_job, *CALM, *flags]
+            job = [*tiny_job, *HUNDRED, *flags]
             if processes == 1:
                 complete(job, workdir, devices)
             else:
@@ -214,15 +220,30 @@ def test_strict_runs_have_the_same_bits_on_every_layout(
 def test_runs_on_every_layout_agree(
     layouts: Callable[..., dict[tuple[int, int], Path]],
 ) -> None:
-    folders = layouts(*SGD)
+    folders = layouts(*CALM)
     alone = saved(folders[1, 1], 100)
+    assert rows(folders[1, 1])[99]["train/loss"] < rows(folders[1, 1])[0]["train/loss"] - 0.2
     for layout in LAYOUTS[1:]:
         other = saved(folders[layout], 100)
-        gaps = [
-            np.abs(other[name] - alone[name]).max() for name in alone if name.startswith("params")
-        ]
-        print(layout, max(gaps))
-        assert max(gaps) < 1e-6
+        assert max(np.abs(other[name] - alone[name]).max() for name in alone) < 1e-6, layout
+
+
+def test_layouts_differ_no_more_than_rounding_does(
+    tiny_job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MobileNet on four devices, and on one in another form of the same operations."""
+    sgd = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e-3"]
+    flags = [*tiny_job, *HUNDRED, *sgd]
+    alone = saved(complete(flags, tmp_path / "alone"), 100)
+    shared = saved(complete(flags, tmp_path / "shared", devices=4), 100)
+    monkeypatch.setenv("HCCR_CPU_KERNELS", "0")
+    reformed = saved(complete(flags, tmp_path / "reformed"), 100)
+    names = [name for name in alone if name.startswith("params")]
+    gaps = [max(np.abs(other[n] - alone[n]).max() for n in names) for other in (shared, reformed)]
+    print(f"on four devices {gaps[0]:.1e}, in another form {gaps[1]:.1e}")
+    if gaps[1] == 0:
+        pytest.skip("without a compiler there is one form")
+    assert gaps[0] < 10 * gaps[1]
 
 
 def test_a_checkpoint_moves_between_eight_one_and_four_devices(
@@ -346,7 +367,9 @@ HANG = """
 import signal, sys, time
 from hccr_jax import main, processes, signals
 signals.install()
-signal.signal(signal.SIGUSR1, lambda number, frame: time.sleep(1e6))
+def wait_for_ever(number, frame):
+    time.sleep(1e6)
+signal.signal(signal.SIGUSR1, wait_for_ever)
 processes.leave(main.main(["main", *sys.argv[1:]]))
 """
 
@@ -376,8 +399,11 @@ def test_a_lost_process_ends_the_others(
         took = time.monotonic() - began
         assert left.returncode not in (0, 143), said
         assert took < seconds + 10, took
-        if event != "kill" and victim == 1:
-            assert "late: process 1" in said, said
+        if event == "stop" and victim == 1:
+            assert re.search(r"\nlate: process 1 .* last heard of \d+ s ago\n", said), said
+        if event == "stall" and victim == 1:  # perhaps while both ask each other
+            pattern = r"\n(late|at the same point): process 1 .* in wait_for_ever"
+            assert re.search(pattern, said), said
     finally:
         for process in group:
             process.kill()
@@ -402,7 +428,8 @@ def test_twenty_thousand_steps_leave_memory_and_files_flat(
                 memory = re.search(r"VmRSS:\s+(\d+)", status).group(1)
                 seen.append((handles, int(memory) / 1024))
         time.sleep(0.5)
-    assert process.returncode == 0, process.communicate()[1]
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
     # A save opens some files and closes them: the middle of a third of the run counts.
     third = len(seen) // 3
     early, late = (np.median(part, axis=0) for part in (seen[:third], seen[-third:]))
