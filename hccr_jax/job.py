@@ -21,7 +21,7 @@ from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, join_splits, load_split
 from hccr_jax.errors import InputError
 from hccr_jax.network import Network, create_network
-from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from
+from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from, tell_start
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
@@ -86,7 +86,9 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
     if config.init_from and not resumes:
-        network = start_from(network, train.classes, load_pretrained(config.init_from, config))
+        pretrained = load_pretrained(config.init_from, config)
+        network = start_from(network, train.classes, pretrained)
+        print(tell_start(train.classes, pretrained, config))
     teacher = None
     if config.teacher.checkpoint:
         teacher = _load_teacher(config, train)

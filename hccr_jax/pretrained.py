@@ -144,6 +144,29 @@ def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained)
     return dataclasses.replace(network, params=params, batch_stats=batch_stats)
 
 
+def tell_start(classes: Sequence[str], pretrained: Pretrained, config: ConfigDict) -> str:
+    """Returns what `start_from` takes over, on a line, and a warning if the images look otherwise.
+
+    Args:
+      classes: the characters to train.
+      pretrained: where their weights come from.
+      config: of the run that starts.
+    """
+    kept = len(set(classes) & set(pretrained.classes))
+    dropped = len(pretrained.classes) - kept
+    line = (
+        f"starting from {pretrained.source}: of the last layer {kept:,} characters are kept, "
+        f"{len(classes) - kept:,} are new, {dropped:,} are left out"
+    )
+    for key in NORMAL_FORM:
+        if pretrained.config.data[key] != config.data[key]:
+            line += (
+                f"\nwarning: it was trained with data.{key}={pretrained.config.data[key]!r}, and "
+                f"not {config.data[key]!r}"
+            )
+    return line
+
+
 def _other_architecture(pretrained: Pretrained) -> InputError:
     model = pretrained.config.model
     return InputError(

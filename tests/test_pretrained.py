@@ -13,11 +13,12 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
 from hccr_jax import main
+from hccr_jax.data.charset import level1
 from hccr_jax.errors import InputError
 from hccr_jax.job import _load_teacher, create_job, load
 from hccr_jax.manifest import write_manifest
 from hccr_jax.network import Network
-from hccr_jax.pretrained import Pretrained, load_pretrained, start_from
+from hccr_jax.pretrained import Pretrained, load_pretrained, start_from, tell_start
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, DROPOUT
 from hccr_jax.train_step import row_keys, to_float
@@ -107,6 +108,24 @@ def test_each_character_keeps_its_weights(tiny_job: list[str], classes: str) -> 
             origin, index = (old, known.index(character)) if character in known else (fresh, place)
             expected = origin.params["classifier"][name][..., index]
             np.testing.assert_array_equal(leaf[..., place], expected, err_msg=character)
+
+
+def test_all_level1_characters_onto_a_few(tiny_job: list[str]) -> None:
+    known, few = "".join(level1()), "座A阿啊"  # the last, none, the second and the first
+    old, fresh = network_of(6, len(known), 0), network_of(6, len(few), 1)
+    pretrained = trained(tiny_job, old, known)
+    ours = start_from(fresh, tuple(few), pretrained).params["classifier"]
+    for name, leaf in ours.items():
+        rows = old.params["classifier"][name][..., jnp.array([3754, 1, 0])]
+        np.testing.assert_array_equal(leaf[..., jnp.array([0, 2, 3])], rows)
+        np.testing.assert_array_equal(leaf[..., 1], fresh.params["classifier"][name][..., 1])
+    assert tell_start(few, pretrained, pretrained.config) == (
+        "starting from runs/old/7: of the last layer 3 characters are kept, 1 are new, 3,752 are "
+        "left out"
+    )
+    other = parse(tiny_job, "--config.data.aspect=adaptive")
+    warning = "warning: it was trained with data.aspect='keep', and not 'adaptive'"
+    assert tell_start(few, pretrained, other).splitlines()[1] == warning
 
 
 def test_another_architecture_is_refused(tiny_job: list[str]) -> None:

@@ -105,11 +105,8 @@ class CasiaHwdb(FileReaderBuilder):
     def _check(self, shards: "list[_Shard]", trained: frozenset[str]) -> None:
         """Stops at pictures that cannot be used, telling them, and where nothing is to learn."""
         self._faults += [fault for shard in shards for fault in shard.faults]
-        if self._faults and not self._skip_faults:
-            raise InputError(
-                f"{len(self._faults):,} pictures cannot be used: {own.tell(self._faults)}; "
-                f"--on_error=skip goes on without them"
-            )
+        if not self._skip_faults:
+            own.check_faults(self._faults)
         if not trained:
             archives = ", ".join(sorted({member.archive for member in self._members}))
             kind = "character of the charset" if self._characters else "level-1 character"

@@ -69,6 +69,8 @@ def prepare(
         if folder.exists() and not overwrite:
             manifest = store.read_manifest(name, data_dir)
             if manifest["fingerprint"] == archives_lib.fingerprint(members, characters):
+                if on_error == "stop":
+                    own.check_faults(faults or manifest.get("faults", []))
                 return Prepared(folder, manifest, is_new=False)
             raise InputError(
                 f"{folder} was made from other archives or pictures: give --overwrite to "

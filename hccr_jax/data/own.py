@@ -154,6 +154,19 @@ def parse_character(name: str) -> str | None:
     return name if len(name) == 1 and _is_character(name) else None
 
 
+def check_faults(faults: Sequence[str]) -> None:
+    """Checks that every picture could be used.
+
+    Raises:
+      InputError: names those that could not.
+    """
+    if faults:
+        raise InputError(
+            f"pictures that cannot be used: {len(faults):,}: {tell(faults)}; --on_error=skip goes "
+            f"on without them"
+        )
+
+
 def tell(lines: Sequence[str], separator: str = "; ") -> str:
     """Returns the first lines and how many more there are, on one line."""
     more = len(lines) - _SHOWN_FAULTS

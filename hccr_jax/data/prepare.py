@@ -30,7 +30,8 @@ def _summary(prepared: Prepared, seconds: float) -> str:
         done += f", without {len(manifest['faults']):,} pictures that cannot be used"
     lines = [f"{prepared.folder}: {done}"]
     for split, count in manifest["characters_per_split"].items():
-        writers = len(manifest["characters_per_writer"][split])
+        names = manifest["characters_per_writer"][split]
+        writers = "unknown" if own.UNKNOWN_WRITER in names else f"{len(names)}"
         classes = len(manifest["characters_per_class"][split])
         lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
     for reason, skipped in manifest["skipped"].items():

@@ -1,0 +1,26 @@
+"""A short training on characters of your own, from the weights of `configs/strokes.py`.
+
+python -m hccr_jax.data.prepare --pictures=FOLDER --data_dir=data --name=mine
+python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
+python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
+"""
+
+from ml_collections import ConfigDict
+
+from configs import strokes
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe of simulated writers, for some hundred or thousand real images."""
+    config = strokes.get_config()
+    config.num_steps = 300
+    config.batch_size = 64
+    config.log_every_steps = 25
+    config.data.name = "mine"
+    config.augment.rotate_deg = 10.0
+    config.augment.erase_prob = 0.25
+    config.loss.label_smoothing = 0.1
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 2.0
+    config.eval.every_steps = 50
+    return config
