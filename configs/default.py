@@ -150,4 +150,7 @@ def get_config() -> ConfigDict:
     config.eval.paper_protocol = False
     # So many training characters are listed that are most likely miswritten or wrongly labelled.
     config.eval.suspects = 0
+    # From so many validation characters, and as many crossed out, a rejector is fitted, and tested
+    # on so many of the test split. 0: none.
+    config.eval.rejection_images = 2000
     return config

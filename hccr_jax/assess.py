@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from hccr_jax import calibration, plots, processes, report, robustness, sheets, suspects
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
-from hccr_jax.data.splits import Split
-from hccr_jax.evaluate import Evaluation, evaluate, read_logits
+from hccr_jax.data.splits import Split, rows_spread
+from hccr_jax.evaluate import Evaluation, evaluate, read_outputs
 from hccr_jax.files import replace_text
 from hccr_jax.job import dataset_name, load, load_training
-from hccr_jax.models.registry import count_parameters
+from hccr_jax.models.registry import count_parameters, expose_features
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained
+from hccr_jax.rejection import evaluate_rejection
+from hccr_jax.rejector import REJECTOR, to_traits
 from hccr_jax.train_step import make_logits_step
 
 
@@ -53,7 +55,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results["views"] = network.num_views
     results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")
     if config.data.validation_split not in learnt:
-        results |= _calibrate(pretrained, answers, split)
+        results |= _calibrate(pretrained, answers, split, workdir)
     results |= _evaluate_distorted(config, answer, split, workdir)
     if config.eval.suspects:
         results |= _find_suspects(config, answer, workdir, pretrained.step)
@@ -62,35 +64,62 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     return results
 
 
-def _calibrate(pretrained: Pretrained, answers: Evaluation, split: Split) -> dict[str, Any]:
-    """Returns the temperature that fits the validation split, and what it does for the test split.
+def _calibrate(
+    pretrained: Pretrained, answers: Evaluation, split: Split, workdir: Path
+) -> dict[str, Any]:
+    """Returns what the validation split teaches about probabilities and about what to reject.
 
     Args:
       pretrained: the network; it has not seen the validation split.
       answers: to the test split.
       split: the test split.
+      workdir: gets rejector.json and plots/rejection.png, where the config asks for them.
     """
     network, config = pretrained.network, pretrained.config
-    step = make_logits_step(network.apply, network.mesh, network.views)
+    rejects = config.eval.rejection_images > 0 and "classifier" in network.params
+    params = expose_features(network.params) if rejects else network.params
+    step = make_logits_step(network.apply, network.mesh, network.views, with_features=rejects)
 
-    def read(split: Split, max_rows: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        variables, size = (network.params, network.batch_stats), network.eval_batch_size
-        return read_logits(step, *variables, split, size, network.mesh, max_rows)
+    def read(images: np.ndarray) -> Iterator[list[np.ndarray]]:
+        size = network.eval_batch_size
+        return read_outputs(step, params, network.batch_stats, images, size, network.mesh)
 
-    batches = read(load(config, config.data.validation_split), calibration.FIT_IMAGES)
-    logits, labels = map(np.concatenate, zip(*batches, strict=True))
-    temperature = calibration.fit_temperature(logits, labels)
+    validation = load(config, config.data.validation_split)
+    rows = rows_spread(len(validation.labels), calibration.FIT_IMAGES)
+    logits = np.concatenate([logits for logits, *_ in read(validation.images[rows])])
+    temperature = calibration.fit_temperature(logits, validation.labels[rows])
     confidence = np.concatenate(
-        [calibration.probabilities(logits, temperature).max(1) for logits, _ in read(split, None)]
+        [calibration.probabilities(logits, temperature).max(1) for logits, *_ in read(split.images)]
     )
     is_right = answers.candidates[:, 0] == answers.labels
-    return {
+    results: dict[str, Any] = {
         "temperature": temperature,
         "calibration_error": {
             "as_trained": calibration.calibration_error(answers.probabilities[:, 0], is_right),
             "calibrated": calibration.calibration_error(confidence, is_right),
         },
     }
+    if not rejects:
+        return results
+
+    def read_traits(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs = list(read(images))
+        sure = [calibration.probabilities(logits, temperature).max(1) for logits, _ in outputs]
+        return np.concatenate([to_traits(*output) for output in outputs]), np.concatenate(sure)
+
+    form = [config.data[key] for key in NORMAL_FORM]
+    validated, tested = (
+        Source(dataset_name(config), config.data.data_dir, name, *form)
+        for name in (config.data.validation_split, config.data.test_split)
+    )
+    results["rejection"], rejector = evaluate_rejection(
+        read_traits, validated, tested, pretrained.classes, is_right,
+        config.eval.rejection_images, workdir,
+    )  # fmt: skip
+    if processes.is_first():
+        which = {"step": pretrained.step, "views": network.num_views}
+        replace_text(workdir / REJECTOR, json.dumps(which | rejector.to_json()) + "\n")
+    return results
 
 
 def _evaluate_distorted(

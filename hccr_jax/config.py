@@ -158,6 +158,7 @@ RULES: dict[str, Rule] = {
     "eval.robustness_images": Rule(int, 0),
     "eval.paper_protocol": Rule(bool),
     "eval.suspects": Rule(int, 0, 10_000),
+    "eval.rejection_images": Rule(int, 0, 100_000),
 }
 
 # A resume may change these: they leave the run's course as it was.

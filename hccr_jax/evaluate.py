@@ -84,29 +84,26 @@ def evaluate(
     return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))
 
 
-def read_logits(
+def read_outputs(
     logits_step: Callable[..., Any],
     params: Any,
     batch_stats: Any,
-    split: Split,
+    images: np.ndarray,
     batch_size: int,
     mesh: Mesh,
-    max_rows: int | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields a split's logits float32 (n, K) and labels int32 (n,), batch by batch.
+) -> Iterator[list[np.ndarray]]:
+    """Yields what a network makes of images, in their order, batch by batch.
 
     Args:
       logits_step: from `train_step.make_logits_step`.
-      params, batch_stats, split, batch_size, mesh: as for `evaluate`.
-      max_rows: the most records to read, evenly over the split; None for all.
+      params, batch_stats, batch_size, mesh: as for `evaluate`.
+      images: uint8 (N, S, S).
     """
-    count, mine = len(split.labels), process_rows(batch_size)
-    num_rows = min(count, max_rows or count)
-    chosen = np.arange(num_rows) * count // num_rows
-    for start in range(0, num_rows, batch_size):
-        last = min(start + batch_size, num_rows)
-        rows = chosen[np.minimum(np.arange(start, start + batch_size), num_rows - 1)]
-        images = sharding.put_batch(gather(split, rows[mine]).images, mesh)
-        logits = np.asarray(logits_step(params, batch_stats, images))[: last - start]
+    mine = process_rows(batch_size)
+    for start in range(0, len(images), batch_size):
+        last = min(start + batch_size, len(images))
+        rows = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        batch = sharding.put_batch(images[rows[mine]], mesh)
+        outputs = logits_step(params, batch_stats, batch)
         watchdog.beat("calibrating", watchdog.SLOW)
-        yield logits, split.labels[chosen[start:last]]
+        yield [np.asarray(output)[: last - start] for output in outputs]

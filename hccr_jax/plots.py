@@ -17,6 +17,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from hccr_jax.rejector import risk_coverage
+
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#e07b00", "#2e8b57", "#c8453b"
 INK, QUIET, RULE = "#22262b", "#6b737c", "#d9dde2"
 DPI = 150
@@ -114,6 +116,50 @@ def write_robustness(workdir: str | Path, curves: Mapping[str, Any]) -> Path:
     panels[0].set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK)
     panels[0].legend(fontsize=12, frameon=False, labelcolor=INK)
     return save(figure, workdir, "robustness")
+
+
+def write_rejection(
+    workdir: str | Path, sound: np.ndarray, is_right: np.ndarray, others: Mapping[str, np.ndarray]
+) -> Path:
+    """Draws how well a score tells sound characters from others, and what it saves from mistakes.
+
+    Args:
+      workdir: the run's folder; the picture becomes `plots/rejection.png` there.
+      sound: float (N,), scores of characters, higher for those to accept.
+      is_right: bool (N,), whether the network names them.
+      others: scores of each set of what should be rejected; beside the sound ones each is part of
+        one curve of risk against coverage.
+    """
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    colours = (ORANGE, GREEN, RED)
+    levels = np.sort(sound)
+    shares = np.arange(len(sound) + 1) / len(sound)
+    for (name, scores), colour in zip(others.items(), colours, strict=True):
+        style: dict[str, Any] = {"color": colour, "linewidth": 2, "label": name.replace("_", " ")}
+        caught = np.searchsorted(np.sort(scores), np.append(levels, np.inf)) / len(scores)
+        panels[0].plot(shares, caught, **style)
+        right = np.append(is_right, np.zeros(len(scores), bool))
+        panels[1].plot(*risk_coverage(np.append(sound, scores), right), **style)
+    panels[1].plot(
+        *risk_coverage(sound, is_right), color=BLUE, linewidth=2, label="characters alone"
+    )
+    panels[0].set_title("Rejected", loc="left", fontsize=15, fontweight="bold", color=INK)
+    panels[0].set_xlabel("share of sound characters", fontsize=13, color=QUIET)
+    panels[0].set_ylim(0, 1.02)
+    panels[1].set_title(
+        "Wrong among accepted", loc="left", fontsize=15, fontweight="bold", color=INK
+    )
+    panels[1].set_xlabel(
+        "share accepted of characters and as many others", fontsize=13, color=QUIET
+    )
+    panels[1].set_ylim(0, None)
+    for axes in panels:
+        _dress(axes)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(fontsize=12, frameon=False, labelcolor=INK)
+    return save(figure, workdir, "rejection")
 
 
 def _series(rows: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,17 @@ Examples:
   python -m hccr_jax.predict --checkpoint=runs/v2 character.png
   python -m hccr_jax.predict --checkpoint=runs/v2 folder/ more.jpg 1241-c.gnt --top=3 --table
   python -m hccr_jax.predict --checkpoint=runs/v2 - < character.png
-  python -m hccr_jax.predict --checkpoint=runs/v2 folder/ --reject_at=0.8 --time
+  python -m hccr_jax.predict --checkpoint=runs/v2 folder/ --reject_at=0.01 --time
   python -m hccr_jax.predict --checkpoint=runs/v2 --page page.jpg --annotate=page_read.png
 
 Reads PNG, JPEG and GNT files, folders of them, and "-" for what comes on stdin. A picture shows one
 character, dark on light or light on dark, of any size and colour; with --page, lines of characters
 that do not touch. Prints one JSON object a line for each picture, GNT record or page. A picture
 that cannot be read is told on stderr, and the others are read all the same.
+
+With --reject_at, what is crossed out, no character of the class list or a scrawl is marked as
+rejected. Its p_value says how many of a hundred properly written characters look less like one:
+--reject_at=0.01 rejects about one good character in a hundred.
 
 Exit codes: 0 done, 2 the request or a picture was wrong.
 """
@@ -88,7 +92,8 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_integer("top", 5, "Candidates of each character.", lower_bound=1, flag_values=own)
     flags.DEFINE_bool("table", False, "Print a table instead of JSON.", flag_values=own)
     flags.DEFINE_float(
-        "reject_at", None, "Marks as rejected what is less probable than this.",
+        "reject_at", None, "Marks as rejected what looks less like a character than this share of "
+        "properly written ones: 0.01 to 0.1.",
         lower_bound=0.0, upper_bound=1.0, flag_values=own,
     )  # fmt: skip
     flags.DEFINE_bool("page", False, "Each picture is a page of characters.", flag_values=own)
@@ -131,6 +136,12 @@ def main(argv: list[str]) -> int:
                 f"note: {own.checkpoint} holds no temperature of these weights, fitted to writers "
                 f"they have not seen: the probabilities are not calibrated",
                 file=sys.stderr,
+            )
+        if own.reject_at is not None and not recognizer.can_reject:
+            raise InputError(
+                f"--reject_at: {own.checkpoint} holds no rejector of these weights and "
+                f"{recognizer.num_views} views of an image: hccr_jax.main --mode=eval makes one, "
+                f"with the config of the run and --config.eval.rejection_images=2000"
             )
         reader = _Reader()
         if own.time:
@@ -175,9 +186,9 @@ def _read_characters(recognizer: Any, reader: _Reader, files: list[str], own: An
 
     count = 0
     for batch in in_batches(items(), recognizer.batch_size):
-        answers = recognizer.classify(np.stack([item.form for item in batch]), own.top)
-        for item, candidates in zip(batch, answers, strict=True):
-            _write(item.head, _describe(candidates, own), own)
+        answers = recognizer.judge(np.stack([item.form for item in batch]), own.top)
+        for item, answer in zip(batch, answers, strict=True):
+            _write(item.head, _describe(answer, own), own)
         count += len(batch)
     return count
 
@@ -194,7 +205,7 @@ def _read_pages(recognizer: Any, reader: _Reader, files: list[str], own: Any) ->
             reader.tell(InputError(f"{head['file']}: no ink found"))
             continue
         forms = np.stack([recognizer.to_normal_form(c.bitmap) for c in characters])
-        answers = iter(recognizer.classify(forms, own.top))
+        answers = iter(recognizer.judge(forms, own.top))
         described = [
             [{"box": list(c.box), **_describe(next(answers), own)} for c in line] for line in lines
         ]
@@ -209,11 +220,12 @@ def _read_pages(recognizer: Any, reader: _Reader, files: list[str], own: Any) ->
     return count
 
 
-def _describe(candidates: list[Any], own: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = {"candidates": [candidate._asdict() for candidate in candidates]}
+def _describe(answer: Any, own: Any) -> dict[str, Any]:
+    described: dict[str, Any] = {"candidates": [c._asdict() for c in answer.candidates]}
     if own.reject_at is not None:
-        answer["rejected"] = candidates[0].probability < own.reject_at
-    return answer
+        described["p_value"] = answer.p_value
+        described["rejected"] = answer.p_value <= own.reject_at
+    return described
 
 
 def _best(answer: dict[str, Any]) -> str:

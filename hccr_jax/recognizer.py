@@ -9,9 +9,9 @@ Example::
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,14 @@ from PIL import Image
 from hccr_jax import calibration, sharding
 from hccr_jax.data import canvas, ink, pictures
 from hccr_jax.errors import InputError
+from hccr_jax.models.registry import expose_features
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
+from hccr_jax.rejector import REJECTOR, Rejector, to_traits
 from hccr_jax.train_step import make_logits_step
 
 BATCHES = (1, 8, 64)  # images on each device: one compiled program each, and no others
 
+T = TypeVar("T")
 Picture = str | Path | Image.Image | np.ndarray
 
 
@@ -34,6 +37,19 @@ class Candidate(NamedTuple):
     probability: float
 
 
+class Answer(NamedTuple):
+    """What an image may show, and whether it looks like a character at all.
+
+    Attributes:
+      candidates: best first.
+      p_value: the share of properly written characters that look no more like one; below 0.05, say,
+        it may be crossed out, another sign or a scrawl. None where the run has no rejector.
+    """
+
+    candidates: list[Candidate]
+    p_value: float | None
+
+
 class Recognizer:
     """A trained network with everything between a picture and the characters that it may show.
 
@@ -42,30 +58,43 @@ class Recognizer:
       temperature: that its logits are divided by.
       is_calibrated: whether the temperature was fitted; otherwise it is 1, and the probabilities
         may be too sure or too modest.
+      can_reject: whether it tells what is no character.
+      num_views: of an image that the network sees.
       form: what `canvas.normal_form` is called with besides a bitmap.
     """
 
-    def __init__(self, pretrained: Pretrained, temperature: float | None = None) -> None:
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        temperature: float | None = None,
+        rejector: Rejector | None = None,
+    ) -> None:
         """Takes a trained network.
 
         Args:
           pretrained: from `pretrained.load_pretrained`.
           temperature: fitted to the validation split; None where there is none.
+          rejector: of this network; None where there is none.
         """
         network, data = pretrained.network, pretrained.config.data
         self.classes = pretrained.classes
         self.temperature = 1.0 if temperature is None else temperature
         self.is_calibrated = temperature is not None
         self.form = [data[key] for key in NORMAL_FORM]
-        self._step = make_logits_step(network.apply, network.mesh, network.views)
-        self._variables = network.params, network.batch_stats
+        self.can_reject = rejector is not None
+        self.num_views = network.num_views
+        self._rejector = rejector
+        self._step = make_logits_step(network.apply, network.mesh, network.views, self.can_reject)
+        params = expose_features(network.params) if rejector else network.params
+        self._variables = params, network.batch_stats
         self._mesh = network.mesh
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Returns the recogniser of a run's best step, with as many views as the run evaluates.
 
-        The temperature is that of the run's eval.json, where it is of this step and these views.
+        Temperature and rejector are those that the run's last evaluation has left in its folder,
+        where they are of this step and these views.
 
         Args:
           path: folder of a run, or its folder checkpoints.
@@ -74,7 +103,8 @@ class Recognizer:
           InputError: there is no such run, or no checkpoint in it.
         """
         pretrained = load_pretrained(path)
-        return cls(pretrained, read_temperature(pretrained))
+        rejector = _read(pretrained, REJECTOR, Rejector.from_json)
+        return cls(pretrained, read_temperature(pretrained), rejector)
 
     def __call__(self, picture: Picture, top: int = 5) -> list[Candidate]:
         """Returns the best candidates for the one character on a picture, best first.
@@ -132,15 +162,28 @@ class Recognizer:
           forms: uint8 (N, S, S), ink high, paper 0.
           top: the most candidates of each.
         """
-        answers: list[list[Candidate]] = []
+        return [answer.candidates for answer in self.judge(forms, top)]
+
+    def judge(self, forms: np.ndarray, top: int = 5) -> list[Answer]:
+        """Returns the answers to images in normal form.
+
+        Args:
+          forms, top: as for `classify`.
+        """
+        answers: list[Answer] = []
         for start in range(0, len(forms), self.batch_size):
             batch = forms[start : start + self.batch_size]
-            weights = calibration.probabilities(self._logits(batch), self.temperature)
+            logits, *features = self._outputs(batch)
+            weights = calibration.probabilities(logits, self.temperature)
             places = np.argsort(-weights, axis=1, kind="stable")[:, :top]
             best = np.take_along_axis(weights, places, axis=1)
+            p_values: list[Any] = [None] * len(batch)
+            if self._rejector:
+                scores = self._rejector.scores(to_traits(logits, *features))
+                p_values = self._rejector.p_values(scores).tolist()
             answers += [
-                [Candidate(self.classes[i], float(p)) for i, p in zip(*row, strict=True)]
-                for row in zip(places, best, strict=True)
+                Answer([Candidate(self.classes[i], float(p)) for i, p in zip(*row, strict=True)], p)
+                for *row, p in zip(places, best, p_values, strict=True)
             ]
         return answers
 
@@ -152,15 +195,15 @@ class Recognizer:
     def warm_up(self) -> None:
         """Compiles every program, so that no later call waits for one."""
         for size in BATCHES:
-            self._logits(np.zeros((size * self._mesh.size, *[self.form[0]] * 2), np.uint8))
+            self._outputs(np.zeros((size * self._mesh.size, *[self.form[0]] * 2), np.uint8))
 
-    def _logits(self, forms: np.ndarray) -> np.ndarray:
-        """Returns the logits of at most a batch, filled up to the next size that is compiled."""
+    def _outputs(self, forms: np.ndarray) -> list[np.ndarray]:
+        """Returns what the network makes of a batch, filled up to a size that is compiled."""
         size = next(n * self._mesh.size for n in BATCHES if n * self._mesh.size >= len(forms))
         filled = np.zeros((size, *forms.shape[1:]), np.uint8)
         filled[: len(forms)] = forms
         images = sharding.put_batch(filled, self._mesh)
-        return np.asarray(self._step(*self._variables, images))[: len(forms)]
+        return [np.asarray(part)[: len(forms)] for part in self._step(*self._variables, images)]
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -180,19 +223,25 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def read_temperature(pretrained: Pretrained) -> float | None:
-    """Returns the temperature in a run's eval.json, or None where it is not of these weights.
+    """Returns the temperature in a run's eval.json, or None where it is not of these weights."""
+    found = _read(pretrained, "eval.json", lambda value: float(value["temperature"]))
+    return found if found is not None and found > 0 else None
+
+
+def _read(pretrained: Pretrained, name: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """Returns what a file in a run's folder says, or None where it is not of these weights.
 
     Args:
-      pretrained: the weights, and the views of an image that the temperature goes with.
+      pretrained: the weights, and the views of an image that the file goes with.
+      name: of the file.
+      parse: takes it out of the JSON object.
     """
-    path = pretrained.source.parent.parent / "eval.json"
+    path = pretrained.source.parent.parent / name
     if not path.is_file():
         return None
     try:
-        results = json.loads(path.read_text("utf-8"))
-        known = results["step"], results["views"], float(results["temperature"])
+        value = json.loads(path.read_text("utf-8"))
+        fits = [value["step"], value["views"]] == [pretrained.step, pretrained.network.num_views]
+        return parse(value) if fits else None
     except (ValueError, KeyError, TypeError):
         return None
-    *which, temperature = known
-    fits = which == [pretrained.step, pretrained.network.num_views]
-    return temperature if fits and temperature > 0 else None

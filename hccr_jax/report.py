@@ -5,6 +5,7 @@ import html
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ PLOTS = {
     "robustness": "Accuracy against the angle of rotation and against the aspect.",
     "robustness_sets": "Test images before and after distortion.",
     "robustness_failures": "Wrong answers of the highest confidence on distorted images.",
+    "rejection": "What a score rejects of sound characters and of others, and what it saves.",
     "suspects": "Training characters of the highest loss: the label and the network's answer.",
 }
 # Top-1 on 9,000 distorted images without and with the resize augmentation: section 6 of the paper.
@@ -137,7 +139,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, bytes]) -> str:
     model, data = (flatten(config).get(key) for key in ("model.name", "data.name"))
     title = " on ".join(str(name) for name in (model, data) if name) or "Training run"
-    plain = {k: v for k, v in results.items() if not k.startswith("robustness.")}
+    plain = {k: v for k, v in results.items() if not k.startswith(("robustness.", "rejection."))}
     parts = [
         _headline(title, results),
         _table("Results", {key: format_value(key, value) for key, value in plain.items()}),
@@ -146,6 +148,7 @@ def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, b
         _sheet("Mistakes", "mistakes", pictures),
         _sheet("Suspicious training characters", "suspects", pictures),
         _robustness(results, pictures),
+        _rejection(results, pictures),
         _config(config),
         _table("Versions", _versions()),
     ]
@@ -212,32 +215,62 @@ def _table(heading: str, rows: dict[str, str]) -> str:
 
 def _robustness(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """Returns the section on distorted images; pictures of an earlier evaluation do not show."""
-    rows = ""
+    rows: dict[str, list[str]] = {}
     for name, paper in PAPER_ROBUSTNESS.items():
         keys = [f"robustness.{name}.{score}" for score in ("top1", "top5", "count")]
         if keys[0] in results:
             cells = [format_value(key, results[key]) for key in keys if key in results]
-            cells += [format_value("top1", share) for share in paper]
-            row = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows += f'<tr><th scope="row">{name}</th>{row}</tr>'
+            rows[name] = cells + [format_value("top1", share) for share in paper]
     if not rows:
         return ""
-    head = "".join(
-        f'<th scope="col">{title}</th>'
-        for title in ("", "top-1", "top-5", "images", "paper", "paper, with resize")
-    )
+    head = ("", "top-1", "top-5", "images", "paper", "paper, with resize")
     images = "".join(
         f'<div class="scroll">{_image(name, pictures[name])}</div>'
         for name in ("robustness", "robustness_sets", "robustness_failures")
         if name in pictures
     )
     return (
-        f'<section><h2>Distorted images</h2><div class="scroll"><table><thead><tr>{head}</tr>'
-        f'</thead><tbody>{rows}</tbody></table></div><p class="quiet">rotation: U(−25°, 25°); flip:'
+        f'<section><h2>Distorted images</h2><div class="scroll">{_grid(head, rows)}</div>'
+        f'<p class="quiet">rotation: U(−25°, 25°); flip:'
         f" every image, left/right, up/down or both; resize: width and height by U(0.5, 2.5) each."
         f" The paper's top-1 is on 3,755 characters, without and with its resize augmentation.</p>"
         f"{images}</section>"
     )
+
+
+def _rejection(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    """Returns the section on what the network should not name."""
+    rows = {
+        name.replace("_", " "): [
+            f"{results[f'rejection.{name}.{key}']:.4f}" for key in ("auroc", "auroc_of_probability")
+        ]
+        + [f"{results[f'rejection.{name}.rejected']:.1%}"]
+        for name in ("crossed_out", "unknown", "scrawl")
+        if f"rejection.{name}.auroc" in results
+    }
+    if not rows:
+        return ""
+    head = ("", "AUROC", "AUROC of the probability alone", "rejected")
+    image = _image("rejection", pictures["rejection"]) if "rejection" in pictures else ""
+    return (
+        f'<section><h2>Rejection</h2><div class="scroll">{_grid(head, rows)}</div>'
+        f'<p class="quiet">Test characters crossed out; signs and characters that are no class; '
+        f"scrawls. Rejected: the share with a p-value of at most 0.05, as "
+        f"{results['rejection.sound_rejected']:.1%} of sound test characters have.</p>"
+        f'<div class="scroll">{image}</div></section>'
+    )
+
+
+def _grid(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """Returns a table with a head; each row begins with its name."""
+    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
+    lines = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, cells in rows.items()
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def _config(config: dict[str, Any]) -> str:

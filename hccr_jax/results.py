@@ -66,11 +66,15 @@ def create_row(workdir: Path, about: Row) -> Row:
     validated = {step: row for step, row in logged.items() if "eval/top1" in row}
     course = {
         "step": list(validated),
-        "validation_top1": [round(row["eval/top1"], 5) for row in validated.values()],
-        "train_accuracy": [round(row["train/accuracy"], 5) for row in validated.values()],
+        "validation_top1": [_rounded(row["eval/top1"]) for row in validated.values()],
+        "train_accuracy": [_rounded(row.get("train/accuracy")) for row in validated.values()],
     }
     results = json.loads((workdir / "eval.json").read_text(encoding="utf-8"))
     return about | {"eval": results, "course": course}
+
+
+def _rounded(share: float | None) -> float | None:  # what is fitted at once logs no training
+    return None if share is None else round(share, 5)
 
 
 def read_rows(path: Path) -> list[Row]:

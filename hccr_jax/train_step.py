@@ -294,7 +294,7 @@ def make_eval_step(
     """
 
     def local_step(params, batch_stats, images, labels):
-        logits = _logits(apply, views, params, batch_stats, images)
+        logits = _combined(_outputs(apply, views, params, batch_stats, images), views)
         scores, classes = lax.top_k(logits, min(num_candidates, logits.shape[1]))
         probabilities = jnp.exp(scores - jax.nn.logsumexp(logits, axis=1, keepdims=True))
         results = losses.cross_entropy(logits, labels), classes, probabilities
@@ -310,21 +310,30 @@ def make_eval_step(
 
 
 def make_logits_step(
-    apply: Apply, mesh: Mesh, views: Views | None = None
-) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    apply: Apply, mesh: Mesh, views: Views | None = None, with_features: bool = False
+) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, ...]]:
     """Returns the jitted step that gives the scores of all classes.
 
     Args:
       apply, mesh, views: as for `make_eval_step`.
+      with_features: give the features as well; the parameters are those of
+        `registry.expose_features`.
 
     Returns:
-      step(params, batch_stats, images uint8 (B, S, S)) -> logits float32 (B, K), on every device;
-      of several views the logarithms of the combined probabilities.
+      step(params, batch_stats, images uint8 (B, S, S)) -> (logits float32 (B, K),) or (logits,
+      features float32 (B, F)), on every device; of several views the logarithms of the combined
+      probabilities, and the mean features.
     """
 
     def local_step(params, batch_stats, images):
-        logits = _logits(apply, views, params, batch_stats, images)
-        return lax.all_gather(logits, DATA_AXIS, tiled=True)
+        outputs = _outputs(apply, views, params, batch_stats, images)
+        num_features = params["classifier"]["weight"].shape[0] if with_features else 0
+        num_classes = outputs.shape[-1] - num_features
+        results = [_combined(outputs[..., :num_classes], views)]
+        if with_features:
+            features = outputs[..., num_classes:]
+            results.append(features if views is None else features.mean(0))
+        return tuple(lax.all_gather(result, DATA_AXIS, tiled=True) for result in results)
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     return jax.jit(
@@ -334,17 +343,21 @@ def make_logits_step(
     )
 
 
-def _logits(
+def _outputs(
     apply: Apply, views: Views | None, params: Any, batch_stats: Any, images: jax.Array
 ) -> jax.Array:
+    """Returns what the network gives, (B, K), or (V, B, K) of several views."""
     seen = to_float(images)
     if views is None:
         return apply(params, batch_stats, seen[..., None])[0]
     maps = jnp.repeat(jnp.asarray(views.maps), len(images), axis=0)
     seen = warp(jnp.tile(seen, (len(views.maps), 1, 1)), maps, jnp.zeros(maps.shape[:2]))
-    logits, _ = apply(params, batch_stats, seen[..., None])
-    logits = logits.reshape(len(views.maps), len(images), -1)
-    return combine_views(logits, jnp.asarray(views.weights))
+    outputs, _ = apply(params, batch_stats, seen[..., None])
+    return outputs.reshape(len(views.maps), len(images), -1)
+
+
+def _combined(logits: jax.Array, views: Views | None) -> jax.Array:
+    return logits if views is None else combine_views(logits, jnp.asarray(views.weights))
 
 
 def combine_views(logits: jax.Array, weights: jax.Array) -> jax.Array:

@@ -226,16 +226,13 @@ def test_calibration_error_by_hand():
 
 def test_a_run_calibrates_itself_on_validation_writers(finished: Path, recognizer: Recognizer):
     results = json.loads((finished / "eval.json").read_text())
-    pretrained = load_pretrained(finished)
-    network, config = pretrained.network, pretrained.config
-    data = config.data
+    data = load_pretrained(finished).config.data
     (name,) = (path.name for path in Path(data.data_dir).glob("strokes_8c*"))
     form = [data[key] for key in NORMAL_FORM]
     logits = {}
     for part in ("validation", "test"):
         split = load_split(name, data.data_dir, part, *form)
-        apply = recognizer._step(network.params, network.batch_stats, split.images[:64])
-        logits[part] = np.asarray(apply), split.labels
+        logits[part] = recognizer._outputs(split.images[:64])[0], split.labels
     fitted = calibration.fit_temperature(*logits["validation"])
     assert results["temperature"] == pytest.approx(fitted, rel=1e-4)
     assert recognizer.temperature == results["temperature"]

@@ -8,7 +8,7 @@ import importlib
 
 from ml_collections import ConfigDict
 
-EPOCHS = 5.0
+EPOCHS = 2.0
 
 NAMES = {
     "mqdf": "MQDF: gradient directions, LDA, modified quadratic discriminant",

@@ -77,20 +77,33 @@ def rasterize(strokes: Sequence[np.ndarray]) -> np.ndarray:
     longest = float(extent.max())
     scale = (LONG_PX - 2 * PEN_PX) / longest if longest > 0 else 0.0
     width, height = (math.ceil(length * scale) + 2 * MARGIN_PX for length in extent)
-    square = np.full((height, width), np.inf)  # of the distance to the nearest line
-    for stroke in strokes:
-        path = (stroke - low) * scale + MARGIN_PX
+    paths = [(stroke - low) * scale + MARGIN_PX for stroke in strokes]
+    covered = cover(paths, (height, width), PEN_PX)
+    return (PAPER - np.floor(INK * covered + 0.5)).astype(np.uint8)
+
+
+def cover(paths: Sequence[np.ndarray], shape: tuple[int, int], pen_px: float) -> np.ndarray:
+    """Returns how much of each pixel soft-edged lines cover, float64 (H, W) from 0 to 1.
+
+    Args:
+      paths: float64 (points, 2) each, in pixels, x to the right and y downwards, none outside of
+        the picture; one point is a dot.
+      shape: H, W.
+      pen_px: half the width of a line.
+    """
+    square = np.full(shape, np.inf)  # of the distance to the nearest line
+    reach = math.ceil(pen_px + EDGE_PX / 2)
+    for path in paths:
         for start, end in zip(path, path[1:] if len(path) > 1 else path, strict=False):
-            _draw_line(square, start, end)
-    cover = np.clip(0.5 + (PEN_PX - np.sqrt(square)) / EDGE_PX, 0.0, 1.0)
-    return (PAPER - np.floor(INK * cover + 0.5)).astype(np.uint8)
+            _draw_line(square, start, end, reach)
+    return np.clip(0.5 + (pen_px - np.sqrt(square)) / EDGE_PX, 0.0, 1.0)
 
 
-def _draw_line(square: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
+def _draw_line(square: np.ndarray, start: np.ndarray, end: np.ndarray, reach: int) -> None:
     """Lowers the squares of the distances to what they are to one straight line."""
     low, high = np.minimum(start, end), np.maximum(start, end)
-    left, top = (max(math.floor(place) - MARGIN_PX, 0) for place in low)
-    right, bottom = (math.floor(place) + MARGIN_PX + 1 for place in high)
+    left, top = (max(math.floor(place) - reach, 0) for place in low)
+    right, bottom = (math.floor(place) + reach + 1 for place in high)
     window = square[top:bottom, left:right]
     x = np.arange(left, left + window.shape[1]) + 0.5 - start[0]
     y = (np.arange(top, top + window.shape[0]) + 0.5 - start[1])[:, None]

@@ -128,6 +128,16 @@ def join_splits(first: Split, second: Split) -> Split:
     )
 
 
+def rows_spread(count: int, most: int) -> np.ndarray:
+    """Returns at most so many row numbers of a split, evenly over it.
+
+    >>> rows_spread(10, 4).tolist(), rows_spread(2, 4).tolist()
+    ([0, 2, 5, 7], [0, 1])
+    """
+    size = min(count, most)
+    return np.arange(size) * count // max(size, 1)
+
+
 def load_bitmaps(
     name: str, data_dir: str | Path, split: str, rows: Sequence[int] | np.ndarray
 ) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hccr_jax.models.alexnet import AlexNet
@@ -67,6 +68,20 @@ def split_model(model: nnx.Module) -> tuple[Apply, dict, dict]:
         return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
     return apply, initial_params, initial_stats
+
+
+def expose_features(params: dict) -> dict:
+    """Returns parameters with which a network gives the input of its last layer after the logits.
+
+    The last layer, `classifier`, becomes (F, K + F): its own weights beside a unit matrix.
+    """
+    weight, bias = (params["classifier"][name] for name in ("weight", "bias"))
+    unit = jnp.eye(len(weight), dtype=weight.dtype)
+    widened = {
+        "weight": jnp.concatenate([weight, unit], axis=1),
+        "bias": jnp.concatenate([bias, jnp.zeros(len(weight), bias.dtype)]),
+    }
+    return {**params, "classifier": widened}
 
 
 def count_parameters(params: Any) -> int:
