@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hccr_jax import calibration, plots, processes, report, robustness, sheets, suspects
+from hccr_jax import calibration, plots, processes, robustness, run_page, sheets, suspects
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.data.distortions import Source
 from hccr_jax.data.splits import Split, rows_spread
@@ -185,12 +185,12 @@ def _write_results(
             split.classes,
         )
     plots.write_curves(workdir)
-    page = report.write_report(workdir)
+    page = run_page.write_report(workdir)
     print(
         f"{results['split']}: top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, "
         f"{results['count']:,} characters, step {results['step']:,}"
     )
     if sets := results.get("robustness"):
-        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in report.PAPER_ROBUSTNESS)
+        scores = ", ".join(f"{name} {sets[name]['top1']:.2%}" for name in run_page.PAPER_ROBUSTNESS)
         print(f"distorted: top-1 {scores}")
     print(f"report: {page}")

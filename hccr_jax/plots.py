@@ -1,5 +1,6 @@
-"""The plots of runs: training curves, accuracy on distorted images, scaling, experiments."""
+"""The plots of runs: training curves, accuracy of many kinds, scaling, experiments."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from hccr_jax import intervals
+from hccr_jax.calibration import BINS
 from hccr_jax.rejector import risk_coverage
 
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#e07b00", "#2e8b57", "#c8453b"
@@ -160,6 +163,74 @@ def write_rejection(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(fontsize=12, frameon=False, labelcolor=INK)
     return save(figure, workdir, "rejection")
+
+
+def draw_calibration(confidence: np.ndarray, is_right: np.ndarray, bins: int = BINS) -> Figure:
+    """Returns accuracy against probability, bin by bin, above how many answers each bin has.
+
+    Args:
+      confidence: float (N,), the probability given to each answer.
+      is_right: bool (N,).
+      bins: of equal width.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    filled = counts > 0
+    hits = np.bincount(place, weights=is_right, minlength=bins)[filled]
+    means = np.bincount(place, weights=confidence, minlength=bins)[filled] / counts[filled]
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], "--", color=QUIET, linewidth=1.2)
+    _draw_shares(upper, means, hits, counts[filled])
+    upper.set_ylabel("right", fontsize=13, color=QUIET)
+    upper.set_title("Calibration", loc="left", fontsize=15, fontweight="bold", color=INK)
+    lower.bar((np.arange(bins) + 0.5) / bins, counts, 0.9 / bins, color=BLUE)
+    lower.set_yscale("log")
+    lower.set_xlabel("probability of the answer", fontsize=13, color=QUIET)
+    lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    lower.set_ylabel("answers", fontsize=13, color=QUIET)
+    for axes in (upper, lower):
+        _dress(axes)
+    return figure
+
+
+def draw_shares(title: str, label: str, names: np.ndarray, is_right: np.ndarray) -> Figure:
+    """Returns the accuracy of each group of answers with its 95 % interval.
+
+    Args:
+      title: of the plot.
+      label: of the axis of the names.
+      names: (N,), the group of each answer; numbers lie at their values, others by rank.
+      is_right: bool (N,).
+    """
+    values, place = np.unique(names, return_inverse=True)
+    counts, hits = np.bincount(place), np.bincount(place, weights=is_right)
+    where: np.ndarray = values
+    if values.dtype.kind not in "iuf":
+        order = np.argsort(hits / counts, kind="stable")
+        counts, hits, where = counts[order], hits[order], np.arange(1, len(values) + 1)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    _draw_shares(axes, where, hits, counts)
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK)
+    axes.set_xlabel(label, fontsize=13, color=QUIET)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    _dress(axes)
+    return figure
+
+
+def _draw_shares(axes: Axes, where: np.ndarray, hits: np.ndarray, counts: np.ndarray) -> None:
+    low, high = intervals.wilson(hits, counts)
+    axes.vlines(where, low, high, color=BLUE, linewidth=1.2, alpha=0.5)
+    axes.plot(where, hits / counts, "o", color=BLUE, markersize=4)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
 
 
 def _series(rows: dict[int, dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:

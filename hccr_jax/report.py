@@ -1,286 +1,318 @@
-"""The report of a run: one HTML file that needs nothing but a browser."""
+"""Shows what a trained network confuses, with whom and how sure it is, in one HTML file.
 
-import base64
+Examples:
+
+  python -m hccr_jax.report --workdir=runs/v2
+  python -m hccr_jax.report --workdir=runs/v2 --against=runs/v1 --output=v2_v1.html
+  python -m hccr_jax.report --workdir=runs/v2 --split=validation --data_dir=/data
+
+Evaluates the run's best step on the test split and writes the most confused pairs and the hardest
+characters with images, accuracy by class, writer and number of strokes, and a calibration plot.
+With --against, two runs are compared on the same images: the difference with a 95 % interval.
+
+Exit codes: 0 done, 2 the request was wrong.
+"""
+
+import dataclasses
 import html
-import importlib.metadata
-import json
-import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from absl import flags
+
+from hccr_jax import calibration, cli, html_page, intervals, plots, sheets
+from hccr_jax.data import charset, medians
 from hccr_jax.errors import InputError
 from hccr_jax.files import replace_text
+from hccr_jax.startup import prepare_process
 
-PLOTS = {
-    "accuracy": "Accuracy over the training steps, as a share of the batch or of the split.",
-    "loss": "Loss over the training steps.",
-    "learning_rate": "Learning rate over the training steps.",
-    "augmented": "Training images before and after augmentation.",
-    "mistakes": "Wrong answers of the highest confidence, with the five best candidates.",
-    "robustness": "Accuracy against the angle of rotation and against the aspect.",
-    "robustness_sets": "Test images before and after distortion.",
-    "robustness_failures": "Wrong answers of the highest confidence on distorted images.",
-    "rejection": "What a score rejects of sound characters and of others, and what it saves.",
-    "suspects": "Training characters of the highest loss: the label and the network's answer.",
-}
-# Top-1 on 9,000 distorted images without and with the resize augmentation: section 6 of the paper.
-PAPER_ROBUSTNESS = {
-    "all": (0.8057, 0.8503),
-    "rotation": (0.8213, 0.8113),
-    "flip": (0.9360, 0.9160),
-    "resize": (0.6597, 0.8237),
-}
-PACKAGES = ("hccr_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-STYLE = """
-:root { color-scheme: light; --ink: #22262b; --quiet: #5d656e; --rule: #e3e6ea; --blue: #2f6db5 }
-* { box-sizing: border-box }
-body { margin: 0; background: #f5f6f8; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-main { max-width: 66rem; margin: 0 auto; padding: 2rem 1rem 3rem }
-h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin: 0 0 .75rem; font-size: 1.1rem }
-.quiet { margin: .25rem 0 1.25rem; color: var(--quiet) }
-section { background: #fff; border: 1px solid var(--rule); border-radius: .6rem;
-  padding: 1.1rem 1.25rem; margin-top: 1rem }
-.figures { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
-.figures div { background: #fff; border: 1px solid var(--rule); border-radius: .6rem;
-  padding: .7rem .9rem }
-.figures dt { color: var(--quiet); font-size: .85rem }
-.figures dd { margin: 0; font-size: 1.4rem; font-weight: 650; line-height: 1.3;
-  overflow-wrap: anywhere }
-.figures div.main dd { color: var(--blue) }
-dl { margin: 0 }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem }
-img { display: block; width: 100%; height: auto }
-.scroll { overflow-x: auto }
-.scroll img { min-width: 42rem }
-table { border-collapse: collapse; width: 100%; max-width: 34rem;
-  font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--rule); text-align: left }
-th { font-weight: 400; color: var(--quiet) }
-td, thead th + th { text-align: right }
-tr:last-child > * { border-bottom: 0 }
-summary { cursor: pointer; font-size: 1.1rem; font-weight: 700 }
-pre { margin: .75rem 0 0; overflow-x: auto; font-size: .85rem; line-height: 1.45 }
-"""
+ROWS = 20  # pairs and characters shown with images
 
 
-def write_report(workdir: str | Path) -> Path:
-    """Writes `report.html`: results, pictures and config of a run, in one self-contained file.
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a network says about a split.
 
-    Args:
-      workdir: a run's folder. Used where present: `config.json`, `eval.json` and the pictures under
-        `plots/` (see `hccr_jax.plots`).
-
-    Raises:
-      InputError: the folder holds none of these, or a JSON file cannot be read.
+    Attributes:
+      name: of the run.
+      split: what was asked, a `splits.Split`.
+      candidates: int (N, 5), best first, or fewer where there are fewer classes.
+      confidence: float (N,), the calibrated probability of the best.
+      is_calibrated: whether a temperature was fitted.
     """
-    folder = Path(workdir)
-    config = _read_json(folder / "config.json")
-    results = flatten(_read_json(folder / "eval.json"))
-    plots = {name: folder / "plots" / f"{name}.png" for name in PLOTS}
-    pictures = {name: path.read_bytes() for name, path in plots.items() if path.is_file()}
-    if not (config or results or pictures):
-        raise InputError(
-            f"{folder}: nothing to report: the folder holds no config.json, eval.json or "
-            f"plots/*.png; give the workdir of a run"
-        )
-    page = _page(config, results, pictures)
-    report = folder / "report.html"
-    replace_text(report, page)
-    return report
+
+    name: str
+    split: Any
+    candidates: np.ndarray
+    confidence: np.ndarray
+    is_calibrated: bool
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """bool (N,)."""
+        return self.candidates[:, 0] == self.split.labels
 
 
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns the scalars of nested dictionaries, named by their path.
+def confused_pairs(labels: np.ndarray, answers: np.ndarray) -> list[tuple[int, int, int]]:
+    """Returns (class, other class, mistakes in both directions), the most mistakes first.
 
-    >>> flatten({"top1": 0.9, "robustness": {"flip": {"top1": 0.8}}, "per_class": [1, 2]})
-    {'top1': 0.9, 'robustness.flip.top1': 0.8}
+    >>> confused_pairs(np.array([0, 1, 1, 2, 2]), np.array([1, 0, 1, 0, 2]))
+    [(0, 1, 2), (0, 2, 1)]
     """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": scalar for name, scalar in flatten(value).items()}
-        elif isinstance(value, str | int | float):
-            flat[key] = value
-    return flat
+    wrong = labels != answers
+    pairs = np.sort(np.stack([labels[wrong], answers[wrong]], axis=1), axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(a), int(b), int(n)) for (a, b), n in zip(found[order], counts[order], strict=True)]
 
 
-def format_value(name: str, value: str | int | float) -> str:
-    """Returns a result as a person reads it; `…top1`, `…top5`, `…accuracy` in per cent.
-
-    >>> format_value("robustness.flip.top1", 0.96127), format_value("count", 223991)
-    ('96.13 %', '223,991')
-    >>> format_value("loss", 0.1234567), format_value("split", "test")
-    ('0.123457', 'test')
-    """
-    last = name.rpartition(".")[2]
-    if isinstance(value, str | bool):
-        return str(value)
-    if last.endswith(("top1", "top5", "accuracy")):
-        return f"{100 * value:.2f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def main(argv: list[str]) -> int:
+    """Runs the command line and returns its exit code."""
+    values = _define_flags()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error}); remove it or run again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; a JSON object is needed")
-    return content
+        cli.parse_flags(values, argv)
+        if values.help:
+            print(f"{__doc__}\nFlags:{values.get_help()}")
+            return 0
+        if not values.workdir:
+            raise InputError("--workdir is missing: the folder of a run, such as runs/v2")
+        prepare_process()
+        answers = _answer(values.workdir, values.split, values.data_dir)
+        parts = [_headline(answers), _calibration(answers), _confused(answers), _hardest(answers)]
+        parts += [_by_strokes(answers), _by_writer(answers), _by_class(answers)]
+        if values.against:
+            other = _answer(values.against, values.split, values.data_dir)
+            parts.insert(1, _comparison(answers, other))
+        output = Path(values.output or Path(values.workdir, "analysis.html")).expanduser()
+        _write(output, html_page.document(f"What {answers.name} confuses", parts))
+    except InputError as error:
+        return cli.report_error(error)
+    print(f"report: {output}")
+    return 0
 
 
-def _page(config: dict[str, Any], results: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    model, data = (flatten(config).get(key) for key in ("model.name", "data.name"))
-    title = " on ".join(str(name) for name in (model, data) if name) or "Training run"
-    plain = {k: v for k, v in results.items() if not k.startswith(("robustness.", "rejection."))}
-    parts = [
-        _headline(title, results),
-        _table("Results", {key: format_value(key, value) for key, value in plain.items()}),
-        _curves(pictures),
-        _sheet("Augmentation", "augmented", pictures),
-        _sheet("Mistakes", "mistakes", pictures),
-        _sheet("Suspicious training characters", "suspects", pictures),
-        _robustness(results, pictures),
-        _rejection(results, pictures),
-        _config(config),
-        _table("Versions", _versions()),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
+def _define_flags() -> flags.FlagValues:
+    own = flags.FlagValues()
+    for name, text in (
+        ("workdir", "Folder of the run to look at."),
+        ("against", "Folder of another run, to compare."),
+        ("output", "The HTML file; by default analysis.html in the workdir."),
+        ("split", "By default the run's test split."),
+        ("data_dir", "Folder of all data sets; by default the run's."),
+    ):
+        flags.DEFINE_string(name, None, text, flag_values=own)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
+    return own
+
+
+def _answer(workdir: str, split_name: str | None, data_dir: str | None) -> Answers:
+    """Returns the answers of a run's best step."""
+    from hccr_jax.checkpoint import check_classes  # slow to import
+    from hccr_jax.evaluate import read_outputs
+    from hccr_jax.job import load
+    from hccr_jax.pretrained import load_pretrained
+    from hccr_jax.recognizer import read_temperature
+    from hccr_jax.train_step import make_logits_step
+
+    pretrained = load_pretrained(workdir)
+    network, config = pretrained.network, pretrained.config
+    config.data.data_dir = data_dir or config.data.data_dir
+    split = load(config, split_name or config.data.test_split)
+    check_classes(pretrained.classes, split.classes, pretrained.source)
+    temperature = read_temperature(pretrained)
+    step = make_logits_step(network.apply, network.mesh, network.views)
+    variables, size = (network.params, network.batch_stats), network.eval_batch_size
+    candidates, confidence = [], []
+    for (logits,) in read_outputs(step, *variables, split.images, size, network.mesh):
+        weights = calibration.probabilities(logits, temperature or 1.0)
+        candidates.append(np.argsort(-weights, axis=1, kind="stable")[:, :5])
+        confidence.append(weights.max(axis=1))
+    return Answers(
+        str(Path(workdir)),
+        split,
+        np.concatenate(candidates),
+        np.concatenate(confidence),
+        temperature is not None,
     )
 
 
-def _headline(title: str, results: dict[str, Any]) -> str:
-    cards = "".join(
-        f'<div class="{css}"><dt>{label}</dt>'
-        f"<dd>{html.escape(format_value(key, results[key]))}</dd></div>"
-        for key, label, css in (
-            ("top1", "Top-1 accuracy", "main"),
-            ("top5", "Top-5 accuracy", "main"),
-            ("paper_protocol.top1", "Top-1, flipped and turned", ""),
-            ("robustness.all.top1", "Top-1, distorted", ""),
-            ("count", "Images", ""),
-            ("split", "Split", ""),
-            ("step", "Step", ""),
-        )
-        if key in results
-    )
-    figures = f'<dl class="figures">{cards}</dl>' if cards else ""
-    return (
-        f"<header><h1>{html.escape(title)}</h1>"
-        f'<p class="quiet">Handwritten-character recognition with hccr_jax</p>{figures}</header>'
-    )
-
-
-def _curves(pictures: dict[str, bytes]) -> str:
-    names = [name for name in ("accuracy", "loss", "learning_rate") if name in pictures]
-    if not names:
-        return ""
-    images = "".join(_image(name, pictures[name]) for name in names)
-    return f'<section><h2>Training</h2><div class="curves">{images}</div></section>'
-
-
-def _sheet(heading: str, name: str, pictures: dict[str, bytes]) -> str:
-    if name not in pictures:
-        return ""
-    image = _image(name, pictures[name])
-    return f'<section><h2>{heading}</h2><div class="scroll">{image}</div></section>'
-
-
-def _image(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(PLOTS[name])}">'
-
-
-def _table(heading: str, rows: dict[str, str]) -> str:
-    if not rows:
-        return ""
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
-        for name, value in rows.items()
-    )
-    return f'<section><h2>{heading}</h2><div class="scroll"><table>{lines}</table></div></section>'
-
-
-def _robustness(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """Returns the section on distorted images; pictures of an earlier evaluation do not show."""
-    rows: dict[str, list[str]] = {}
-    for name, paper in PAPER_ROBUSTNESS.items():
-        keys = [f"robustness.{name}.{score}" for score in ("top1", "top5", "count")]
-        if keys[0] in results:
-            cells = [format_value(key, results[key]) for key in keys if key in results]
-            rows[name] = cells + [format_value("top1", share) for share in paper]
-    if not rows:
-        return ""
-    head = ("", "top-1", "top-5", "images", "paper", "paper, with resize")
-    images = "".join(
-        f'<div class="scroll">{_image(name, pictures[name])}</div>'
-        for name in ("robustness", "robustness_sets", "robustness_failures")
-        if name in pictures
-    )
-    return (
-        f'<section><h2>Distorted images</h2><div class="scroll">{_grid(head, rows)}</div>'
-        f'<p class="quiet">rotation: U(−25°, 25°); flip:'
-        f" every image, left/right, up/down or both; resize: width and height by U(0.5, 2.5) each."
-        f" The paper's top-1 is on 3,755 characters, without and with its resize augmentation.</p>"
-        f"{images}</section>"
-    )
-
-
-def _rejection(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """Returns the section on what the network should not name."""
-    rows = {
-        name.replace("_", " "): [
-            f"{results[f'rejection.{name}.{key}']:.4f}" for key in ("auroc", "auroc_of_probability")
-        ]
-        + [f"{results[f'rejection.{name}.rejected']:.1%}"]
-        for name in ("crossed_out", "unknown", "scrawl")
-        if f"rejection.{name}.auroc" in results
+def _headline(answers: Answers) -> str:
+    split, right = answers.split, answers.is_right
+    top5 = (answers.candidates == split.labels[:, None]).any(axis=1)
+    error = calibration.calibration_error(answers.confidence, right)
+    low, high = intervals.bootstrap(right, split.writers)
+    cards = {
+        "Top-1 accuracy": f"{right.mean():.2%}",
+        "95 %, over writers": f"{low:.2%} – {high:.2%}",
+        "Top-5 accuracy": f"{top5.mean():.2%}",
+        "Images": f"{len(right):,}",
+        "Writers": f"{len(np.unique(split.writers)):,}",
+        "Classes": f"{len(split.classes):,}",
+        "Calibration error": f"{error:.2%}",
     }
+    figures = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
+        for name, text in cards.items()
+    )
+    note = "" if answers.is_calibrated else " Its probabilities are not calibrated."
+    return (
+        f'<header><h1>{html.escape(answers.name)}</h1><p class="quiet">The interval draws whole '
+        f"writers again and again: images of one hand are alike.{note}</p>"
+        f'<dl class="figures">{figures}</dl></header>'
+    )
+
+
+def _calibration(answers: Answers) -> str:
+    figure = plots.draw_calibration(answers.confidence, answers.is_right)
+    text = "How often an answer is right, against its probability; lines are 95 % intervals."
+    return _section("Calibration", text, plots.to_png(figure))
+
+
+def _confused(answers: Answers) -> str:
+    split, guesses = answers.split, answers.candidates[:, 0]
+    rows = []
+    pairs = confused_pairs(split.labels, guesses)
+    for one, other, count in pairs[:ROWS]:
+        pair = (split.labels == one) & (guesses == other)
+        pair |= (split.labels == other) & (guesses == one)
+        total = int(((split.labels == one) | (split.labels == other)).sum())
+        rows.append(_row(answers, (one, other), f"{count} of {total:,}", np.flatnonzero(pair)))
     if not rows:
         return ""
-    head = ("", "AUROC", "AUROC of the probability alone", "rejected")
-    image = _image("rejection", pictures["rejection"]) if "rejection" in pictures else ""
-    return (
-        f'<section><h2>Rejection</h2><div class="scroll">{_grid(head, rows)}</div>'
-        f'<p class="quiet">Test characters crossed out; signs and characters that are no class; '
-        f"scrawls. Rejected: the share with a p-value of at most 0.05, as "
-        f"{results['rejection.sound_rejected']:.1%} of sound test characters have.</p>"
-        f'<div class="scroll">{image}</div></section>'
-    )
+    title = f"Most confused pairs: {len(rows)} of {len(pairs):,}"
+    return _sheet("Most confused pairs", "Each image above the answer to it.", title, rows)
 
 
-def _grid(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """Returns a table with a head; each row begins with its name."""
-    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells in rows.items()
-    )
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
-
-
-def _config(config: dict[str, Any]) -> str:
-    if not config:
+def _hardest(answers: Answers) -> str:
+    split, rows = answers.split, list[sheets.Row]()
+    hits, counts = _by_group(split.labels, answers.is_right, len(split.classes))
+    shares = hits / np.maximum(counts, 1)
+    for index in np.lexsort((-counts, shares)):
+        wrong = np.flatnonzero((split.labels == index) & ~answers.is_right)
+        if len(wrong) and len(rows) < ROWS:
+            text = f"{shares[index]:.1%} of {counts[index]:,.0f}"
+            rows.append(_row(answers, (int(index),), text, wrong))
+    if not rows:
         return ""
-    text = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
-    return f"<section><details><summary>Config</summary><pre>{text}</pre></details></section>"
+    text = "The characters of the lowest accuracy, their surest mistakes first."
+    return _sheet("Hardest characters", text, f"Hardest characters: {len(rows)}", rows)
 
 
-def _versions() -> dict[str, str]:
-    installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-    return versions | {"Python": platform.python_version(), "platform": platform.platform()}
+def _by_strokes(answers: Answers) -> str:
+    index = charset.class_index()
+    numbers = np.array(
+        [len(medians.class_strokes(index[c])) if c in index else 0 for c in answers.split.classes]
+    )[answers.split.labels]
+    known = numbers > 0
+    if not known.any():
+        return ""
+    figure = plots.draw_shares(
+        "By number of strokes", "strokes", numbers[known], answers.is_right[known]
+    )
+    text = "Strokes as printed; lines are 95 % intervals of images taken as independent."
+    return _section("Accuracy by number of strokes", text, plots.to_png(figure))
+
+
+def _by_writer(answers: Answers) -> str:
+    writers = answers.split.writers
+    figure = plots.draw_shares("By writer", "writers, worst first", writers, answers.is_right)
+    names, place = np.unique(writers, return_inverse=True)
+    hits, counts = _by_group(place, answers.is_right, len(names))
+    worst = np.argsort(hits / counts, kind="stable")[:10]
+    rows = {str(names[i]): [f"{hits[i] / counts[i]:.1%}", f"{counts[i]:,.0f}"] for i in worst}
+    table = html_page.grid(("the worst", "top-1", "images"), rows)
+    return _section("Accuracy by writer", "", plots.to_png(figure), table)
+
+
+def _by_class(answers: Answers) -> str:
+    split = answers.split
+    classes = np.array(split.classes)
+    figure = plots.draw_shares(
+        "By class", "classes, worst first", classes[split.labels], answers.is_right
+    )
+    hits, counts = _by_group(split.labels, answers.is_right, len(classes))
+    order = np.argsort(hits / np.maximum(counts, 1), kind="stable")
+    rows = {
+        f"{classes[i]} U+{ord(classes[i]):04X}": [f"{hits[i] / counts[i]:.1%}", f"{counts[i]:,.0f}"]
+        for i in order
+        if counts[i]
+    }
+    table = html_page.grid(("character", "top-1", "images"), rows)
+    return _section(
+        "Accuracy by class",
+        "",
+        plots.to_png(figure),
+        f"<details><summary>All classes</summary>{table}</details>",
+    )
+
+
+def _comparison(answers: Answers, other: Answers) -> str:
+    split = answers.split
+    if not np.array_equal(split.labels, other.split.labels) or split.classes != other.split.classes:
+        raise InputError(
+            f"{other.name}: was not evaluated on the same images as {answers.name}: both runs need "
+            f"the same data set, split and classes"
+        )
+    one, two = answers.is_right, other.is_right
+    only_one, only_two = int((one & ~two).sum()), int((two & ~one).sum())
+    low, high = intervals.bootstrap(one.astype(float) - two, split.writers)
+    rows = {
+        answers.name: f"{one.mean():.2%}",
+        other.name: f"{two.mean():.2%}",
+        "difference": f"{100 * (one.mean() - two.mean()):+.2f} points",
+        "95 % interval, over writers": f"{100 * low:+.2f} to {100 * high:+.2f} points",
+        "right only in the first": f"{only_one:,}",
+        "right only in the second": f"{only_two:,}",
+        "wrong in both": f"{int((~one & ~two).sum()):,}",
+        "McNemar's test, each image by itself": f"p = {intervals.mcnemar(only_one, only_two):.2g}",
+    }
+    gains = np.bincount(split.labels, weights=one.astype(float) - two, minlength=len(split.classes))
+    changed = sorted(np.flatnonzero(gains), key=lambda i: -abs(gains[i]))[:ROWS]
+    listed = {
+        f"{split.classes[i]} U+{ord(split.classes[i]):04X}": [f"{gains[i]:+.0f}"] for i in changed
+    }
+    table = html_page.grid(("most changed", "images more"), listed) if listed else ""
+    return html_page.table("Two runs", rows) + (
+        f'<section><div class="scroll">{table}</div></section>' if table else ""
+    )
+
+
+def _by_group(place: np.ndarray, is_right: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the right answers and the number of answers of each group."""
+    return np.bincount(place, weights=is_right, minlength=size), np.bincount(place, minlength=size)
+
+
+def _row(answers: Answers, characters: Sequence[int], text: str, wrong: np.ndarray) -> sheets.Row:
+    """Returns a row of the surest mistakes among some."""
+    split = answers.split
+    surest = wrong[np.argsort(-answers.confidence[wrong], kind="stable")][:8]
+    return sheets.Row(
+        [split.classes[index] for index in characters],
+        text,
+        [split.images[index] for index in surest],
+        [split.classes[answers.candidates[index, 0]] for index in surest],
+    )
+
+
+def _sheet(heading: str, text: str, title: str, rows: list[sheets.Row]) -> str:
+    return _section(heading, text, plots.to_png(sheets.draw_rows(title, rows)))
+
+
+def _section(heading: str, text: str, png: bytes, more: str = "") -> str:
+    image = html_page.image(png, heading)
+    quiet = f'<p class="quiet">{html.escape(text)}</p>' if text else ""
+    return f'<section><h2>{heading}</h2>{quiet}<div class="scroll">{image}</div>{more}</section>'
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise InputError(f"--output={path}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -23,7 +23,7 @@ from hccr_jax import plots
 from hccr_jax.bench.tables import to_table
 from hccr_jax.errors import InputError
 from hccr_jax.files import replace_text
-from hccr_jax.report import flatten
+from hccr_jax.run_page import flatten
 
 Row = dict[str, Any]
 Runs = list[Row]  # of one experiment, by seed

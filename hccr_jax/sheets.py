@@ -210,6 +210,38 @@ def write_suspects(
     return save(figure, workdir, "suspects")
 
 
+class Row(NamedTuple):
+    """A row of examples: one or two characters, a line about them, images with the answers."""
+
+    characters: Sequence[str]
+    text: str
+    images: Sequence[np.ndarray]
+    answers: Sequence[str]
+
+
+def draw_rows(title: str, rows: Sequence[Row], columns: int = 8) -> Figure:
+    """Returns a sheet of examples, each image above the answer to it.
+
+    Args:
+      title: of the sheet.
+      rows: their images are uint8 (S, S), ink high.
+      columns: the most images of a row that are shown.
+    """
+    side, height, left = 80, 112, 190
+    figure, axes = _sheet(left + columns * (side + 8), len(rows) * height, title)
+    for number, row in enumerate(rows):
+        y = number * height
+        for place, character in enumerate(row.characters):
+            _draw_character(axes, character, place * 56, y, 48, INK)
+        axes.text(0, y + 66, row.text, fontsize=8.5, color=INK, va="top")
+        examples = zip(row.images[:columns], row.answers, strict=False)
+        for place, (image, answer) in enumerate(examples):
+            x = left + place * (side + 8)
+            _draw_image(axes, image, x, y, side)
+            _draw_character(axes, answer, x + side / 2 - 11, y + side + 3, 22, RED)
+    return figure
+
+
 def _sheet(width: int, height: int, title: str) -> tuple[Figure, Axes]:
     """Returns a white figure and axes whose unit is a pixel of the sheet, y downwards."""
     head, edge = 44, 16

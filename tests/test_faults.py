@@ -4,6 +4,7 @@ Run with `launch/test.sh -m faults`.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -193,18 +195,20 @@ def layouts(
 ) -> Callable[..., dict[tuple[int, int], Path]]:
     """Returns a function that runs a job on each number of processes and devices of each."""
 
+    def run_one(layout: tuple[int, int], flags: tuple[str, ...]) -> Path:
+        processes, devices = layout
+        workdir = tmp_path_factory.mktemp(f"layout_{processes}x{devices}")
+        job = [*tiny_job, *HUNDRED, *flags]
+        if processes == 1:
+            return complete(job, workdir, devices)
+        results = finish(start_group(job, workdir, processes, devices))
+        assert [code for code, *_ in results] == [0] * processes, results
+        return workdir
+
     def run(*flags: str) -> dict[tuple[int, int], Path]:
-        folders = {}
-        for processes, devices in LAYOUTS:
-            workdir = tmp_path_factory.mktemp(f"layout_{processes}x{devices}")
-            job = [*tiny_job, *HUNDRED, *flags]
-            if processes == 1:
-                complete(job, workdir, devices)
-            else:
-                results = finish(start_group(job, workdir, processes, devices))
-                assert [code for code, *_ in results] == [0] * processes, results
-            folders[processes, devices] = workdir
-        return folders
+        with ThreadPoolExecutor(2) as pool:  # starting takes one core, and most of the time
+            folders = pool.map(run_one, LAYOUTS, itertools.repeat(flags))
+            return dict(zip(LAYOUTS, folders, strict=True))
 
     return run
 
@@ -306,9 +310,9 @@ def test_a_full_disk_is_refused_before_and_told_during_a_run(
         filler.write_bytes(bytes(9 << 20))  # takes what there is
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1, said
-    last = said.strip().splitlines()[-1]  # a thread of TensorBoard's writer may complain before
-    assert last.startswith(str(small_disk / "run")), said
-    assert "No space left on device" in last, said
+    # Threads of the libraries may complain as well, before and after.
+    told = [line for line in said.splitlines() if line.startswith(str(small_disk / "run"))]
+    assert any("No space left on device" in line for line in told), said
     with Checkpoints(small_disk / "run" / "checkpoints") as checkpoints:
         good = checkpoints.latest_step()
     assert good

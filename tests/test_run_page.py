@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hccr_jax import plots, report, sheets
+from hccr_jax import plots, run_page, sheets
 from hccr_jax.data import charset
 from hccr_jax.errors import InputError
 
@@ -160,7 +160,7 @@ def test_report_is_one_self_contained_page(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss": 2.0}])
     (loss,) = plots.write_curves(tmp_path)
 
-    path = report.write_report(tmp_path)
+    path = run_page.write_report(tmp_path)
     assert path == tmp_path / "report.html"
     text = path.read_text(encoding="utf-8")
     assert "http://" not in text
@@ -188,18 +188,18 @@ def test_report_is_one_self_contained_page(tmp_path):
 
 def test_report_of_an_evaluation_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"top1": 0.5}', encoding="utf-8")
-    page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    page = Page(run_page.write_report(tmp_path).read_text(encoding="utf-8"))
     assert "50.00 %" in page.text
     assert page.sources == []
 
 
 def test_report_of_an_empty_workdir_names_it(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)):
-        report.write_report(tmp_path)
+        run_page.write_report(tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"top1": 0.', "[1, 2]"])
 def test_report_names_a_damaged_file(tmp_path, content):
     (tmp_path / "eval.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"eval\.json"):
-        report.write_report(tmp_path)
+        run_page.write_report(tmp_path)
