@@ -25,6 +25,7 @@ section { background: #fff; border: 1px solid var(--rule); border-radius: .6rem;
 .figures div.main dd { color: var(--blue) }
 dl { margin: 0 }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem }
 img { display: block; width: 100%; height: auto }
 .scroll { overflow-x: auto }
 .scroll img { min-width: 42rem }

@@ -81,8 +81,7 @@ def main(argv: list[str]) -> int:
             raise InputError("--workdir is missing: the folder of a run, such as runs/v2")
         prepare_process()
         answers = _answer(values.workdir, values.split, values.data_dir)
-        parts = [_headline(answers), _calibration(answers), _confused(answers), _hardest(answers)]
-        parts += [_by_strokes(answers), _by_writer(answers), _by_class(answers)]
+        parts = [_headline(answers), _accuracy(answers), _confused(answers), _hardest(answers)]
         if values.against:
             other = _answer(values.against, values.split, values.data_dir)
             parts.insert(1, _comparison(answers, other))
@@ -146,7 +145,7 @@ def _headline(answers: Answers) -> str:
     low, high = intervals.bootstrap(right, split.writers)
     cards = {
         "Top-1 accuracy": f"{right.mean():.2%}",
-        "95 %, over writers": f"{low:.2%} – {high:.2%}",
+        "95 %, over writers": f"{100 * low:.1f} – {100 * high:.1f}",
         "Top-5 accuracy": f"{top5.mean():.2%}",
         "Images": f"{len(right):,}",
         "Writers": f"{len(np.unique(split.writers)):,}",
@@ -163,12 +162,6 @@ def _headline(answers: Answers) -> str:
         f"writers again and again: images of one hand are alike.{note}</p>"
         f'<dl class="figures">{figures}</dl></header>'
     )
-
-
-def _calibration(answers: Answers) -> str:
-    figure = plots.draw_calibration(answers.confidence, answers.is_right)
-    text = "How often an answer is right, against its probability; lines are 95 % intervals."
-    return _section("Calibration", text, plots.to_png(figure))
 
 
 def _confused(answers: Answers) -> str:
@@ -201,52 +194,40 @@ def _hardest(answers: Answers) -> str:
     return _sheet("Hardest characters", text, f"Hardest characters: {len(rows)}", rows)
 
 
-def _by_strokes(answers: Answers) -> str:
-    index = charset.class_index()
+def _accuracy(answers: Answers) -> str:
+    """Returns the plots of calibration and of accuracy by strokes, writer and class."""
+    split, right = answers.split, answers.is_right
+    index, classes = charset.class_index(), np.array(split.classes)
     numbers = np.array(
-        [len(medians.class_strokes(index[c])) if c in index else 0 for c in answers.split.classes]
-    )[answers.split.labels]
-    known = numbers > 0
-    if not known.any():
-        return ""
-    figure = plots.draw_shares(
-        "By number of strokes", "strokes", numbers[known], answers.is_right[known]
+        [len(medians.class_strokes(index[c])) if c in index else 0 for c in split.classes]
+    )[split.labels]
+    known, shares = numbers > 0, plots.draw_shares
+    figures = [plots.draw_calibration(answers.confidence, right)]
+    if known.any():
+        figures.append(shares("By number of strokes", "strokes", numbers[known], right[known]))
+    figures.append(shares("By writer", "writers, worst first", split.writers, right))
+    figures.append(shares("By class", "classes, worst first", classes[split.labels], right))
+    images = "".join(
+        html_page.image(plots.to_png(figure), figure.axes[0].get_title("left"))
+        for figure in figures
     )
-    text = "Strokes as printed; lines are 95 % intervals of images taken as independent."
-    return _section("Accuracy by number of strokes", text, plots.to_png(figure))
-
-
-def _by_writer(answers: Answers) -> str:
-    writers = answers.split.writers
-    figure = plots.draw_shares("By writer", "writers, worst first", writers, answers.is_right)
-    names, place = np.unique(writers, return_inverse=True)
-    hits, counts = _by_group(place, answers.is_right, len(names))
-    worst = np.argsort(hits / counts, kind="stable")[:10]
-    rows = {str(names[i]): [f"{hits[i] / counts[i]:.1%}", f"{counts[i]:,.0f}"] for i in worst}
-    table = html_page.grid(("the worst", "top-1", "images"), rows)
-    return _section("Accuracy by writer", "", plots.to_png(figure), table)
-
-
-def _by_class(answers: Answers) -> str:
-    split = answers.split
-    classes = np.array(split.classes)
-    figure = plots.draw_shares(
-        "By class", "classes, worst first", classes[split.labels], answers.is_right
+    named = np.array([f"{c} U+{ord(c):04X}" for c in split.classes])
+    return (
+        f'<section><h2>Accuracy</h2><p class="quiet">Lines are 95 % intervals, images taken as '
+        f'independent.</p><div class="pairs">{images}</div></section>'
+        + _listed("All writers", "writer", split.writers, right)
+        + _listed("All classes", "character", named[split.labels], right)
     )
-    hits, counts = _by_group(split.labels, answers.is_right, len(classes))
-    order = np.argsort(hits / np.maximum(counts, 1), kind="stable")
-    rows = {
-        f"{classes[i]} U+{ord(classes[i]):04X}": [f"{hits[i] / counts[i]:.1%}", f"{counts[i]:,.0f}"]
-        for i in order
-        if counts[i]
-    }
-    table = html_page.grid(("character", "top-1", "images"), rows)
-    return _section(
-        "Accuracy by class",
-        "",
-        plots.to_png(figure),
-        f"<details><summary>All classes</summary>{table}</details>",
-    )
+
+
+def _listed(heading: str, what: str, names: np.ndarray, is_right: np.ndarray) -> str:
+    """Returns a table of groups, the worst first, folded."""
+    found, place = np.unique(names, return_inverse=True)
+    hits, counts = _by_group(place, is_right, len(found))
+    order = np.argsort(hits / counts, kind="stable")
+    rows = {str(found[i]): [f"{hits[i] / counts[i]:.1%}", f"{counts[i]:,.0f}"] for i in order}
+    table = html_page.grid((what, "top-1", "images"), rows)
+    return f"<section><details><summary>{heading}</summary>{table}</details></section>"
 
 
 def _comparison(answers: Answers, other: Answers) -> str:
@@ -298,13 +279,9 @@ def _row(answers: Answers, characters: Sequence[int], text: str, wrong: np.ndarr
 
 
 def _sheet(heading: str, text: str, title: str, rows: list[sheets.Row]) -> str:
-    return _section(heading, text, plots.to_png(sheets.draw_rows(title, rows)))
-
-
-def _section(heading: str, text: str, png: bytes, more: str = "") -> str:
-    image = html_page.image(png, heading)
-    quiet = f'<p class="quiet">{html.escape(text)}</p>' if text else ""
-    return f'<section><h2>{heading}</h2>{quiet}<div class="scroll">{image}</div>{more}</section>'
+    image = html_page.image(plots.to_png(sheets.draw_rows(title, rows)), heading)
+    quiet = f'<p class="quiet">{html.escape(text)}</p>'
+    return f'<section><h2>{heading}</h2>{quiet}<div class="scroll">{image}</div></section>'
 
 
 def _write(path: Path, text: str) -> None:
