@@ -249,6 +249,11 @@ def check(config: ConfigDict) -> None:
             "config.loss.mirrored_unknown=True: goes with images mirrored anew in each epoch; set "
             "augment.once=False"
         )
+    if config.optimizer.name == "adam" and config.optimizer.weight_decay > 0:
+        raise InputError(
+            f"config.optimizer.weight_decay={config.optimizer.weight_decay:g}: adam has none; set "
+            f"optimizer.name=adamw"
+        )
     if config.strict_determinism:
         for key in ("model.batch_norm", "reduce_dtype"):
             if dict(flatten(config))[key] not in ("global", "float32"):

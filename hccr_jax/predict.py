@@ -21,6 +21,7 @@ Exit codes: 0 done, 2 the request or a picture was wrong.
 """
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -283,4 +284,5 @@ def _tell_speed(recognizer: Any, count: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     sys.exit(main(sys.argv))

@@ -100,6 +100,12 @@ def test_an_option_that_a_network_does_not_have_is_refused(name, option, value, 
     )
 
 
+def test_a_weight_decay_that_would_do_nothing_is_refused() -> None:
+    assert message("v2", optimizer__weight_decay=0.05) == (
+        "config.optimizer.weight_decay=0.05: adam has none; set optimizer.name=adamw"
+    )
+
+
 def test_options_are_those_of_the_networks_classes() -> None:
     options = load("default").model
     fixed = {"name", "dtype", "batch_norm", "batch_norm_momentum", "batch_norm_ramp"}
