@@ -23,17 +23,22 @@ in JSON (also in the file itself, but for StableHLO), 16 images by a simulated w
 answers to them, which any other program that runs the file should give, too.
 
 --verify writes nothing: it runs FILE in its own runtime on the test split and says how its
-probabilities and its top-1 differ from the checkpoint's; it fails if the golden answers are missed
-by more than the tolerance. Exit codes: 0 done, 1 the work failed, 2 wrong request.
+probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX on one
+core); it fails if the golden answers are missed by more than the tolerance.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong request.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +72,9 @@ FORMATS = {
 # How far probabilities may lie from the golden ones; those of int8 depend on how a runtime rounds.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
 GOLDEN_PAIRS = 16
-CALIBRATION_IMAGES = 512
+CALIBRATION_IMAGES = 1024
 BATCH = 128
+TIMED, WARM_UP = 200, 20  # of one image alone
 
 Answer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, S, S) to probabilities (B, K)
 
@@ -100,6 +106,7 @@ class Verification:
       reference_top1: of the checkpoint.
       golden_difference: the largest one from the golden answers.
       tolerance: of the golden answers.
+      milliseconds: median time of one image alone; of ONNX on one core.
     """
 
     count: int
@@ -108,6 +115,7 @@ class Verification:
     reference_top1: float
     golden_difference: float
     tolerance: float
+    milliseconds: float
 
     def passed(self) -> bool:
         """Returns whether the file gives the golden answers."""
@@ -120,7 +128,8 @@ class Verification:
             f"{self.difference:.2g}; top-1 {self.reference_top1:.2%} of the checkpoint, "
             f"{self.top1:.2%} of the file ({change:+.2f} points)\n"
             f"  golden pairs: largest difference {self.golden_difference:.2g}, tolerance "
-            f"{self.tolerance:g}: {'passed' if self.passed() else 'FAILED'}"
+            f"{self.tolerance:g}: {'passed' if self.passed() else 'FAILED'}\n"
+            f"  one image alone: {self.milliseconds:.2f} ms, median of {TIMED}"
         )
 
 
@@ -217,6 +226,7 @@ def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split)
         reference_top1=float((theirs.argmax(1) == split.labels).mean()),
         golden_difference=float(np.abs(answer(golden.images) - golden.probabilities).max()),
         tolerance=golden.description["tolerance"],
+        milliseconds=_latency(_open(output, file_format, threads=1), golden.images[:1]),
     )
 
 
@@ -272,10 +282,26 @@ def _golden_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.golden.npz")
 
 
-def _open(path: Path, file_format: str) -> Answer:
-    """Returns an exported file's network, in the runtime of its format."""
+def _latency(answer: Answer, image: np.ndarray) -> float:
+    """Returns the median time of an answer to one image (1, S, S) in milliseconds."""
+    seconds = []
+    for _ in range(TIMED + WARM_UP):
+        start = time.perf_counter()
+        answer(image)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds[WARM_UP:])
+
+
+def _open(path: Path, file_format: str, threads: int = 0) -> Answer:
+    """Returns an exported file's network, in the runtime of its format.
+
+    Args:
+      path: the file.
+      file_format: of `FORMATS`.
+      threads: of ONNX Runtime; 0 for one a core.
+    """
     loaders: dict[str, Callable[[Path], Answer]] = {
-        "onnx": onnx_file.load,
+        "onnx": functools.partial(onnx_file.load, threads=threads),
         "stablehlo": stablehlo_file.load,
         "safetensors": safetensors_file.load,
     }

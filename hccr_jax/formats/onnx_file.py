@@ -49,9 +49,9 @@ def write(
     path.write_bytes(model.SerializeToString())
 
 
-def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a file's network: uint8 (B, S, S) to probabilities (B, K)."""
-    session = create_session(path)
+def load(path: Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a file's network: uint8 (B, S, S) to probabilities (B, K); 0 threads for all."""
+    session = create_session(path, threads)
     return lambda images: session.run(["probabilities"], {INPUT: images})[0]
 
 
