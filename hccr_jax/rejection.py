@@ -79,6 +79,7 @@ def evaluate_rejection(
             results[name]["new_kinds"] = {
                 kind: auroc(other.scores(traits), other.scores(spoilt_traits[kinds == kind]))
                 for kind, other in fitted_without.items()
+                if kind in kinds
             }
     if processes.is_first():
         plots.write_rejection(workdir, scores, right, against)
@@ -90,8 +91,8 @@ def _fit(read: Read, source: Source, num_images: int) -> tuple[Rejector, dict[st
 
     The characters are crossed out more than once, each time in another manner.
     """
-    manifest = store.read_manifest(source.name, source.data_dir)
-    count = manifest["characters_per_split"][source.split]
+    counts = store.read_manifest(source.name, source.data_dir)["characters_per_split"]
+    count = sum(counts[part] for part in source.split.split("+"))
     bitmaps = _bitmaps(source, splits.rows_spread(count, num_images))
     sound, _ = read(_forms(bitmaps, source))
     parts, kinds = [], []

@@ -34,6 +34,7 @@ from hccr_jax.train_step import NEVER, row_keys, to_float
 from hccr_jax.workdir import check_room, check_writable, only_writer
 
 SHEET_IMAGES = 24
+REDRAW_SECONDS = 60  # between drawings of the curves; the end draws them as well
 CHECKPOINT_FACTOR = 2  # times a state's size that a save may take: the new step beside the old one
 
 
@@ -179,11 +180,16 @@ def _keep(
         except signals.Stopped:
             stays, statistics = False, state.batch_stats
     checkpoints.save(step, _items(state, statistics), _about(job), scores)
-    if processes.is_first():
+    if processes.is_first() and _is_old(workdir / "plots" / "loss.png"):
         plots.write_curves(workdir)
     if not stays:
         checkpoints.wait()
     return stays
+
+
+def _is_old(picture: Path) -> bool:
+    """Returns whether a plot is worth the second that drawing takes."""
+    return not picture.is_file() or time.time() - picture.stat().st_mtime > REDRAW_SECONDS
 
 
 def _prepare(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from hccr_jax import main, report
+from hccr_jax import main, run_page
 from hccr_jax.manifest import write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -293,7 +293,7 @@ def test_evaluation_on_distorted_images(tiny_job: list[str], trained: Path, tmp_
     for shown in ("Distorted images", "85.03 %", "65.97 %", "Top-1, flipped and turned"):
         assert shown in page
     for name in ("robustness", "robustness_sets", "robustness_failures"):
-        assert report.PLOTS[name] in page
+        assert run_page.PLOTS[name] in page
 
     # An evaluation without them shows nothing of the one before.
     assert main.main(flags) == 0

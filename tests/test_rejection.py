@@ -15,9 +15,12 @@ from hccr_jax import predict, sharding
 from hccr_jax.augment import create_views
 from hccr_jax.data import negatives
 from hccr_jax.data.charset import level1
+from hccr_jax.data.distortions import Source
 from hccr_jax.data.handwriting import create_writer, draw
 from hccr_jax.models.registry import create_model, expose_features, split_model
+from hccr_jax.pretrained import load_pretrained
 from hccr_jax.recognizer import Recognizer
+from hccr_jax.rejection import evaluate_rejection
 from hccr_jax.rejector import RIDGE, Rejector, auroc, risk_coverage, to_traits
 from hccr_jax.train_step import make_logits_step
 
@@ -182,6 +185,25 @@ def test_a_run_tells_what_its_rejector_is_worth(finished: Path) -> None:
     assert results["crossed_out"]["new_kinds"].keys() == negatives.CROSSINGS.keys()
     assert "Rejection" in (finished / "report.html").read_text()
     assert (finished / "plots" / "rejection.png").is_file()
+
+
+def test_a_handful_of_images_is_enough(finished: Path, tmp_path: Path) -> None:
+    """Three images are crossed out in three of the five manners."""
+    config = load_pretrained(finished).config
+    (name,) = (path.name for path in Path(config.data.data_dir).glob("strokes_8c*"))
+    source = Source(name, config.data.data_dir, "train+validation", 32, 2, "keep")
+
+    def read(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return images.reshape(len(images), -1)[:, ::8] / 255.0, images.mean(axis=(1, 2))
+
+    results, _ = evaluate_rejection(
+        read, source, source, "丁七", np.ones(3, bool), num_images=3, workdir=tmp_path
+    )
+    assert results["images"] == {"fit": 3, "test": 3}
+    crossed_out = results["crossed_out"]
+    assert len(crossed_out["kinds"]) == 3
+    assert crossed_out["new_kinds"].keys() == crossed_out["kinds"].keys()
+    assert (tmp_path / "plots" / "rejection.png").is_file()
 
 
 def test_a_picture_is_judged_by_the_rejector_of_the_run(finished: Path) -> None:
