@@ -15,8 +15,13 @@ mkdir -p -- "$2"
 "$python" -m hccr_jax.export --checkpoint="$1" --format=onnx --output="$2/model.onnx"
 "$python" - "$1" "$2" <<'PYTHON'
 import json, pathlib, shutil, sys
+import onnx
 from hccr_jax import demo
 checkpoint, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+model = onnx.load(folder / "model.onnx")
+# Views of an image have fractions of grey.
+model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+onnx.save(model, folder / "model.onnx")
 text = json.dumps(demo.describe_for_browser(checkpoint), ensure_ascii=False)
 (folder / "model.json").write_text(text, "utf-8")
 shutil.copy(demo.PAGE, folder / "index.html")
