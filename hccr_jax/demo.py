@@ -57,6 +57,11 @@ class _Refused(Exception):
         self.status, self.code = status, code
 
 
+# Until the interpreter has ended all threads: else one that still answers a request may be the last
+# to let go of the network, and a thread that frees JAX's arrays at that moment aborts the process.
+_KEPT: list[Any] = []
+
+
 def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
     """Returns a server of the page, bound to its address; `serve_forever` runs it.
 
@@ -274,6 +279,7 @@ def main(argv: list[str]) -> int:
         from hccr_jax.recognizer import Recognizer  # slow to import
 
         recognizer = Recognizer.load(own.checkpoint)
+        _KEPT.append(recognizer)
     except InputError as error:
         return cli.report_error(error)
     try:
