@@ -404,7 +404,10 @@ def test_a_lost_process_ends_the_others(
         assert left.returncode not in (0, 143), said
         assert took < seconds + 10, took
         if event == "stop" and victim == 1:
-            assert re.search(r"\nlate: process 1 .* last heard of \d+ s ago\n", said), said
+            # The watchdog tells it, or JAX's own heartbeats, which may miss it a moment earlier.
+            ours = r"\nlate: process 1 .* last heard of \d+ s ago\n"
+            theirs = r"unhealthy \(stopped sending heartbeats\):\n1\n"
+            assert re.search(f"{ours}|{theirs}", said), said
         if event == "stall" and victim == 1:  # both watch, and either may be the first to end
             lost.kill()
             said += lost.communicate()[1]
