@@ -4,27 +4,30 @@ Examples:
 
   python -m hccr_jax.export --checkpoint=runs/v2 --format=onnx --output=v2.onnx
   python -m hccr_jax.export --checkpoint=runs/v2 --format=onnx --output=v2.int8.onnx --dtype=int8
+  python -m hccr_jax.export --checkpoint=runs/v2 --format=litert --output=v2.tflite --dtype=float16
   python -m hccr_jax.export --checkpoint=runs/v2 --format=stablehlo --output=v2.stablehlo
   python -m hccr_jax.export --checkpoint=runs/v2 --format=safetensors --output=v2.safetensors
   python -m hccr_jax.export --checkpoint=runs/v2 --format=onnx --output=v2.onnx --verify
 
-The network is that of the run's best step, its batch norms folded into the convolutions. In ONNX
-and StableHLO it takes `images` uint8 (batch, S, S) in normal form (`data/canvas.py`: ink 255, paper
+The network is that of the run's best step, its batch norms folded into the convolutions. But for
+safetensors it takes `images` uint8 (batch, S, S) in normal form (`data/canvas.py`: ink 255, paper
 0) and gives `logits` and `probabilities`, float32 (batch, K). A file of safetensors holds the
 weights and the list of layers.
 
-  format        dtypes                       runs in                  needs
-  onnx          float32, float16, int8       ONNX Runtime             pip install 'hccr_jax[export]'
-  stablehlo     float32, float16             JAX, on CPU and CUDA     pip install 'hccr_jax[export]'
-  safetensors   float32, float16 (weights)   anything; here in NumPy  pip install 'hccr_jax[export]'
+  format        dtypes                            runs in                  needs
+  onnx          float32, float16, int8            ONNX Runtime             hccr_jax[export]
+  litert        float32, float16, int8 (weights)  LiteRT, on phones        hccr_jax[litert]
+  stablehlo     float32, float16                  JAX, on CPU and CUDA     hccr_jax[export]
+  safetensors   float32, float16 (weights)        anything; here in NumPy  hccr_jax[export]
 
-int8 is calibrated on images of the training split. Beside FILE lies FILE.golden.npz: a description
+int8 of ONNX is calibrated on images of the training split. Where it says weights, only they are
+stored so, and all arithmetic is in float32. Beside FILE lies FILE.golden.npz: a description
 in JSON (also in the file itself, but for StableHLO), 16 images by a simulated writer and the file's
 answers to them, which any other program that runs the file should give, too.
 
 --verify writes nothing: it runs FILE in its own runtime on the test split and says how its
-probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX on one
-core); it fails if the golden answers are missed by more than the tolerance.
+probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and
+LiteRT on one core); it fails if the golden answers are missed by more than the tolerance.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong request.
 """
@@ -54,7 +57,7 @@ from hccr_jax.data import canvas
 from hccr_jax.data.handwriting import create_writer, draw
 from hccr_jax.data.splits import Split
 from hccr_jax.errors import InputError
-from hccr_jax.formats import onnx_file, safetensors_file, stablehlo_file
+from hccr_jax.formats import litert_file, onnx_file, safetensors_file, stablehlo_file
 from hccr_jax.formats.folded import fold
 from hccr_jax.job import load
 from hccr_jax.models.registry import split_model
@@ -63,11 +66,12 @@ from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.startup import prepare_process
 from hccr_jax.train_step import to_float
 
-# The dtypes and the optional packages of each format.
+# The dtypes, the optional packages and their extra, of each format.
 FORMATS = {
-    "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime")),
-    "stablehlo": (("float32", "float16"), ("flatbuffers",)),
-    "safetensors": (("float32", "float16"), ("safetensors",)),
+    "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime"), "export"),
+    "litert": (("float32", "float16", "int8"), ("flatbuffers", "ai_edge_litert"), "litert"),
+    "stablehlo": (("float32", "float16"), ("flatbuffers",), "export"),
+    "safetensors": (("float32", "float16"), ("safetensors",), "export"),
 }
 # How far probabilities may lie from the golden ones; those of int8 depend on how a runtime rounds.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
@@ -106,7 +110,7 @@ class Verification:
       reference_top1: of the checkpoint.
       golden_difference: the largest one from the golden answers.
       tolerance: of the golden answers.
-      milliseconds: median time of one image alone; of ONNX on one core.
+      milliseconds: median time of one image alone; of ONNX and LiteRT on one core.
     """
 
     count: int
@@ -179,6 +183,8 @@ def export(
         match file_format:
             case "onnx":
                 onnx_file.write(part, layers, image_px, description, dtype, calibration)
+            case "litert":
+                litert_file.write(part, layers, image_px, description, dtype)
             case "stablehlo":
                 stablehlo_file.write(part, layers, image_px, dtype)
             case "safetensors":
@@ -298,10 +304,11 @@ def _open(path: Path, file_format: str, threads: int = 0) -> Answer:
     Args:
       path: the file.
       file_format: of `FORMATS`.
-      threads: of ONNX Runtime; 0 for one a core.
+      threads: of ONNX Runtime and LiteRT; 0 for one a core.
     """
     loaders: dict[str, Callable[[Path], Answer]] = {
         "onnx": functools.partial(onnx_file.load, threads=threads),
+        "litert": functools.partial(litert_file.load, threads=threads),
         "stablehlo": stablehlo_file.load,
         "safetensors": safetensors_file.load,
     }
@@ -364,7 +371,7 @@ def _run(values: flags.FlagValues) -> int:
         print(f"{output}: {values.format}, against {pretrained.source}\n{verification}")
         return 0 if verification.passed() else 1
     calibration = None
-    if values.dtype == "int8":
+    if values.format == "onnx" and values.dtype == "int8":
         images = load(config, config.data.train_split).images
         count = min(len(images), CALIBRATION_IMAGES)
         calibration = images[np.linspace(0, len(images) - 1, count).astype(int)]
@@ -400,13 +407,13 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     for required in ("checkpoint", "format", "output"):
         if not own[required].value:
             raise InputError(f"--{required} is missing: see --help")
-    dtypes, packages = FORMATS[own.format]
+    dtypes, packages, extra = FORMATS[own.format]
     if own.dtype not in dtypes:
         raise InputError(f"--dtype={own.dtype}: --format={own.format} has {', '.join(dtypes)}")
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     if missing:
         raise InputError(
-            f"--format={own.format}: needs {missing[0]}: pip install 'hccr_jax[export]'"
+            f"--format={own.format}: needs {missing[0]}: pip install 'hccr_jax[{extra}]'"
         )
     output = Path(own.output).expanduser()
     if output.is_dir() or not os.access(output.parent, os.W_OK):

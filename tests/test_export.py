@@ -14,7 +14,7 @@ from flax import nnx
 
 from hccr_jax import export
 from hccr_jax.errors import InputError
-from hccr_jax.formats import folded, onnx_file, safetensors_file, stablehlo_file
+from hccr_jax.formats import folded, litert_file, onnx_file, safetensors_file, stablehlo_file
 from hccr_jax.job import load
 from hccr_jax.models.registry import create_model
 from hccr_jax.pretrained import Pretrained, load_pretrained
@@ -171,6 +171,57 @@ def test_int8_onnx_is_small_and_near(tmp_path: Path) -> None:
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "alexnet"])
+def test_litert_computes_the_network_for_any_batch(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    expected = probabilities_of(random_network(name))
+    for dtype, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1e-2)):
+        path = tmp_path / f"{dtype}.tflite"
+        litert_file.write(path, folded.fold(random_network(name)), SIDE, {}, dtype)
+        answer = litert_file.load(path, threads=1)
+        for count in (1, 7, 1):
+            np.testing.assert_allclose(answer(IMAGES[:count]), expected[:count], atol=tolerance)
+
+
+def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    path, layers = tmp_path / "a.tflite", folded.fold(random_network("mobilenet_v2"))
+    litert_file.write(path, layers, SIDE, {"classes": ["啊", "阿"]}, "int8")
+    data = path.read_bytes()
+    assert data[4:8] == b"TFL3"
+    model = schema.ModelT.InitFromPackedBuf(data)
+    (signature,) = model.signatureDefs
+    (graph,) = model.subgraphs
+    named = {pair.name: graph.tensors[pair.tensorIndex] for pair in signature.outputs}
+    assert {name: tensor.shapeSignature.tolist() for name, tensor in named.items()} == {
+        b"logits": [-1, CLASSES], b"probabilities": [-1, CLASSES]
+    }  # fmt: skip
+    (about,) = model.metadata
+    text = bytes(model.buffers[about.buffer].data).decode()
+    assert json.loads(text) == {"classes": ["啊", "阿"]}
+    kinds = [model.operatorCodes[operator.opcodeIndex].builtinCode for operator in graph.operators]
+    assert kinds.count(schema.BuiltinOperator.DEPTHWISE_CONV_2D) == 17
+    packed = schema.Model.GetRootAs(data)
+    for number in range(1, packed.BuffersLength()):
+        start = packed.Buffers(number)._tab
+        place = start.Vector(start.Offset(4))
+        assert place % 16 == 0
+    # What is stored is the weight, to half a step of its channel's scale.
+    stored = {tensor.name.decode(): tensor for tensor in graph.tensors}
+    for layer in layers:
+        if layer.weight is not None:
+            tensor = stored[f"{layer.name}.weight.int8"]
+            whole = np.frombuffer(bytes(model.buffers[tensor.buffer].data), np.int8)
+            axis, scale = tensor.quantization.quantizedDimension, tensor.quantization.scale
+            shape = np.ones(len(tensor.shape), int)
+            shape[axis] = -1
+            found = whole.reshape(tensor.shape) * scale.reshape(shape)
+            expected = layer.weight[None] if layer.kind == "depthwise" else layer.weight
+            if layer.kind != "depthwise":
+                expected = np.moveaxis(expected, -1, 0)
+            assert (np.abs(found - expected) <= scale.reshape(shape) * 0.501).all()
+
+
 def test_stablehlo_goes_round(tmp_path: Path) -> None:
     model = random_network("mobilenet_v2")
     stablehlo_file.write(tmp_path / "a.stablehlo", folded.fold(model), SIDE)
@@ -212,7 +263,7 @@ def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]
 
 FORMATS = [
     ("onnx", "float32"), ("onnx", "float16"), ("onnx", "int8"),
-    ("stablehlo", "float32"), ("safetensors", "float16"),
+    ("litert", "float32"), ("litert", "int8"), ("stablehlo", "float32"), ("safetensors", "float16"),
 ]  # fmt: skip
 
 
@@ -294,8 +345,8 @@ def test_a_network_too_large_for_float16_is_not_written(
     ("flags", "message"),
     [
         (["--checkpoint="], "--checkpoint is missing: see --help"),
-        (["--format="], "--format=: value should be one of <onnx|stablehlo|safetensors>"),
-        (["--format=tflite"], "value should be one of <onnx|stablehlo|safetensors>"),
+        (["--format="], "--format=: value should be one of <onnx|litert|stablehlo|safetensors>"),
+        (["--format=tflite"], "value should be one of <onnx|litert|stablehlo|safetensors>"),
         (["--output="], "--output is missing: see --help"),
         (["--dtype=int4"], "value should be one of <float32|float16|int8>"),
         (["--dtype=int8"], "--dtype=int8: --format=stablehlo has float32, float16"),
