@@ -4,10 +4,11 @@
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
   python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
 
-Measured on 2 cores (AMD EPYC with AVX-512, float32, shared with other work), 600 pictures of 20
-characters by 30 writers of the real subset, with `--config.model.width=0.5
---config.model.stem_stride=2` as the weights to start from: a minute; test top-1 on 1,192 pictures
-of 60 other writers 93.3, 93.7 and 90.7 % (seeds 0, 1, 2); from nothing 42.5, 37.5 and 39.1 %.
+Measured on 2 cores (AMD EPYC with AVX-512, float32, shared with other work) by `launch/test.sh -m
+figures -s`, on pictures of 20 characters by 30 writers of the real subset, with
+`--config.model.width=0.5 --config.model.stem_stride=2` as the weights to start from: a minute; test
+top-1 on 1,192 pictures of 60 other writers 93.2, 93.0 and 92.4 % (seeds 0, 1, 2); from nothing
+45.6, 36.5 and 40.2 %.
 """
 
 from ml_collections import ConfigDict
