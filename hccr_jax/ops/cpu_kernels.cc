@@ -1,7 +1,7 @@
 // CPU kernels of the training step, called by XLA (ops/native.py builds and registers them).
 //
-// Every tensor is float32 with channels last, so the inner loop runs over 16 neighbouring channels: one
-// cache line. Work is cut into a number of chunks that depends on the shapes alone, and partial sums
+// Every tensor is float32 with channels last, so the inner loop runs over neighbouring channels, as many
+// as one register of the processor holds. Work is cut into a number of chunks that depends on the shapes alone, and partial sums
 // are added in chunk order, so a result does not depend on the number of threads.
 
 #include <algorithm>
@@ -22,7 +22,14 @@ using Result = ffi::Result<Buffer>;
 
 namespace {
 
-constexpr int kLanes = 16;
+// Vectors wider than a register would do: GCC takes their comparisons and selections apart, lane by lane.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 8;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 6;
+#else
+constexpr int kLanes = 4, kTileRows = 6;
+#endif
 constexpr float kRelu6Limit = 6.0f;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
@@ -71,7 +78,7 @@ void ForGroups(int64_t channels, F block) {
   }
 }
 
-// Adds v to 16 sums, but for the first `skip`, which another group has counted.
+// Adds v to kLanes sums, but for the first `skip`, which another group has counted.
 inline void Accumulate(float* sums, Vector v, int64_t skip) {
   if (skip == 0) return Store(sums, Load(sums) + v);
   for (int64_t k = skip; k < kLanes; ++k) sums[k] += v[k];
@@ -415,13 +422,13 @@ ffi::Error BlockBackward(ffi::ThreadPool pool, Buffer x, Buffer norm, Buffer wei
 }
 
 // The weight gradient of a matrix product: x (N, K) and g (N, C) to x^T g (K, C). A tile of the result,
-// 8 of its rows by two groups of channels, stays in registers while rows of x and g pass.
+// kTileRows of its rows by two groups of channels, stays in registers while rows of x and g pass.
 ffi::Error WeightGradient(ffi::ThreadPool pool, Buffer x, Buffer grad, Result out) {
   const int64_t inputs = x.dimensions().back(), channels = grad.dimensions().back(),
                 rows = x.element_count() / inputs;
   const float *in = x.typed_data(), *g = grad.typed_data();
   auto work = [=](int64_t begin, int64_t end, float* sums) {
-    constexpr int64_t kTall = 8, kRun = 128;  // a run of rows stays in the cache for all tiles
+    constexpr int64_t kTall = kTileRows, kRun = 128;  // a run of rows stays in the cache for all tiles
     for (int64_t r0 = begin; r0 < end; r0 += kRun) {
       const int64_t r1 = std::min(end, r0 + kRun);
       for (int64_t k = 0; k < inputs; k += kTall) {
