@@ -2,8 +2,10 @@
 
 import functools
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -423,3 +425,22 @@ def test_networks_give_the_same_logits_without_the_kernels(tmp_path):
     with_kernels, without = np.load(files["1"]), np.load(files["0"])
     assert np.ptp(with_kernels) > 0.1
     np.testing.assert_allclose(without, with_kernels, atol=1e-4)
+
+
+@pytest.mark.parametrize(("target", "wider"), [("x86-64", ""), ("x86-64-v3", " avx512f ")])
+def test_the_kernels_of_narrower_processors_agree_with_float64(target, wider):
+    """The tests above again, in a process whose kernels are built for an earlier processor."""
+    machine = platform.system(), platform.machine()
+    if not native.available() or machine != ("Linux", "x86_64"):
+        pytest.skip("no C++ compiler here, or another kind of machine")
+    if wider not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no wider vectors")
+    script = f"""
+import sys
+import pytest
+from hccr_jax.ops import native
+native.FLAGS = tuple(f.replace("-march=native", "-march={target}") for f in native.FLAGS)
+names = "(depthwise_block or batch_norm_train or pointwise) and float64 or gradients_of_a_matrix"
+sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", names, sys.argv[1]]))
+"""
+    finish(start(script, __file__))
