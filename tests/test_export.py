@@ -162,9 +162,14 @@ def test_int8_onnx_is_small_and_near(tmp_path: Path) -> None:
     assert sizes[0] >= 3 * sizes[1]  # of small layers the scales are a larger share
     graph = onnx.load(tmp_path / "int8.onnx").graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
-    for node in graph.node:
-        if node.op_type in ("Conv", "Gemm"):
-            assert {made_by[name] for name in node.input} == {"DequantizeLinear"}
+    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    quantized = [{made_by.get(name) for name in n.input} == {"DequantizeLinear"} for n in products]
+    num_float = quantized.index(True)
+    assert all(quantized[num_float:])
+    weights = [layer.weight.size for layer in layers if layer.weight is not None]
+    assert sum(weights[:num_float]) <= 0.006 * sum(weights) < sum(weights[: num_float + 1])
+    for tensor in map(onnx.numpy_helper.to_array, graph.initializer):
+        assert tensor.dtype != np.int8 or np.abs(tensor).max(initial=0) <= 64
     expected = logits_of(model)
     session = onnx_file.create_session(tmp_path / "int8.onnx", threads=1)
     found = session.run(["logits"], {"images": IMAGES})[0]
@@ -277,7 +282,8 @@ def test_a_run_is_exported_and_verified(
     flags = [f"--checkpoint={finished}", f"--format={file_format}", f"--output={path}"]
     code, out, err = run(capsys, *flags, f"--dtype={dtype}")
     assert (code, err) == (0, "")
-    assert f"{file_format}, {dtype}, {path.stat().st_size:,} bytes, 8 classes, step 4" in out
+    step = json.loads((finished / "eval.json").read_text())["step"]
+    assert f"{file_format}, {dtype}, {path.stat().st_size:,} bytes, 8 classes, step {step}" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["network", "network.golden.npz"]
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     code, out, err = run(capsys, *flags, "--verify")
