@@ -298,7 +298,7 @@ def test_what_lies_beside_the_file_tells_how_to_use_it(
     golden = export.read_golden(exported)
     about = golden.description
     assert "".join(about["classes"]) == "丁七三上万下一丈"
-    assert about["step"] == 4
+    assert about["step"] == pretrained.step
     assert about["model"]["name"] == "mobilenet_v1"
     form = {"image_px": 32, "margin_px": 2, "aspect": "keep"}
     assert form.items() <= about["preprocessing"].items()
