@@ -20,7 +20,7 @@ weights and the list of layers.
   stablehlo     float32, float16                  JAX, on CPU and CUDA     hccr_jax[export]
   safetensors   float32, float16 (weights)        anything; here in NumPy  hccr_jax[export]
 
-int8 of ONNX is calibrated on images of the training split; the first layers, with 0.6 % of the
+int8 of ONNX is calibrated on images of the training split; the first layers, with 0.65 % of the
 weights, stay in float32. Where it says weights, only they are stored so, and all arithmetic is in
 float32. Beside FILE lies FILE.golden.npz: a description
 in JSON (also in the file itself, but for StableHLO), 16 images by a simulated writer and the file's
