@@ -3,9 +3,10 @@
   python -m hccr_jax.data.prepare --archives=ARCHIVES --data_dir=DIR
   python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
 
-Measured, both commands from nothing to eval.json on 2 cores (AMD EPYC with AVX-512, float32, shared
-with other work for a part of the time), seed 0, commit c3fe01a: 20 min 13 s; test top-1 95.88 %,
-top-5 99.45 % (5,973 characters of 60 writers); best validation top-1 94.31 % (24 writers).
+Measured on 2 cores (AMD EPYC with AVX2, float32, shared with other work), seed 0, commit 3daca77:
+25 min of training; test top-1 95.81 %, top-5 99.46 % (5,973 characters of 60 writers), of five
+views (--config.eval.views=5) 96.05 and 99.55 %; best validation top-1, of five views, 94.81 % (24
+writers).
 """
 
 from ml_collections import ConfigDict
