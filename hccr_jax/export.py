@@ -22,9 +22,9 @@ weights and the list of layers.
 
 int8 of ONNX is calibrated on images of the training split; the first layers, with 0.65 % of the
 weights, stay in float32. Where it says weights, only they are stored so, and all arithmetic is in
-float32. Beside FILE lies FILE.golden.npz: a description
-in JSON (also in the file itself, but for StableHLO), 16 images by a simulated writer and the file's
-answers to them, which any other program that runs the file should give, too.
+float32. Beside FILE lies FILE.golden.npz: a description in JSON (also in the file itself, but for
+StableHLO), 16 images by a simulated writer and the file's answers to them, which any other program
+that runs the file should give, too.
 
 --verify writes nothing: it runs FILE in its own runtime on the test split and says how its
 probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and

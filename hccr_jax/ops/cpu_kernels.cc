@@ -1,8 +1,8 @@
 // CPU kernels of the training step, called by XLA (ops/native.py builds and registers them).
 //
 // Every tensor is float32 with channels last, so the inner loop runs over neighbouring channels, as many
-// as one register of the processor holds. Work is cut into a number of chunks that depends on the shapes alone, and partial sums
-// are added in chunk order, so a result does not depend on the number of threads.
+// as one register of the processor holds. Work is cut into a number of chunks that depends on the shapes
+// alone, and partial sums are added in chunk order, so a result does not depend on the number of threads.
 
 #include <algorithm>
 #include <atomic>
