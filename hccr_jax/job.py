@@ -106,7 +106,6 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         optimizer,
         augment,
         network.mesh,
-        seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
         noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
@@ -125,7 +124,11 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
     state = create_train_state(
-        network.params, network.batch_stats, optimizer, config.optimizer.average_decay > 0
+        network.params,
+        network.batch_stats,
+        optimizer,
+        config.optimizer.average_decay > 0,
+        config.seed,
     )
     state = jax.device_put(state, sharding.replicated(network.mesh))
     timeline.lap("network")
@@ -145,7 +148,6 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
             network.apply,
             augment,
             network.mesh,
-            seed=config.seed,
             strict_shards=config_lib.strict_shards(config),
         ),
         initial=state,

@@ -78,7 +78,6 @@ def count_reductions(config: ConfigDict, num_classes: int) -> tuple[list[int], l
         optimizer,
         lambda keys, images: images,
         sharding.create_mesh(),
-        seed=0,
         global_batch_norm=config.model.batch_norm == "global",
         reduce_dtype=jnp.dtype(config.reduce_dtype),
     )

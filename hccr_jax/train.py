@@ -253,8 +253,10 @@ def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
     items = checkpoints.restore(step, like, sharding.replicated(job.network.mesh))
     print(f"resuming at step {step}")
     if job.initial.average_params is None:
-        return TrainState(params=items["params"], **items["progress"])
-    return TrainState(average_params=items["params"], **items["progress"])
+        params = {"params": items["params"]}
+    else:
+        params = {"average_params": items["params"]}
+    return TrainState(seed=job.initial.seed, **params, **items["progress"])
 
 
 def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
@@ -285,7 +287,9 @@ def _fresh_statistics(job: Job, state: TrainState) -> Any:
     for count in range(config.eval.batch_norm_batches):
         rows = batch_rows(config.seed, count, config.batch_size, len(job.train.labels))
         batch = sharding.put_batch(gather(job.train, rows[mine]), job.network.mesh)
-        averages = job.statistics_step(state.eval_params, averages, batch.images, jnp.int32(count))
+        averages = job.statistics_step(
+            state.eval_params, averages, batch.images, jnp.int32(count), state.seed
+        )
     return averages
 
 

@@ -17,6 +17,8 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates done.
+      seed: uint32 scalar, of the run. An argument of the compiled programs and no part of them, so
+        that runs of other seeds need no compilation of their own.
       params: nested dict of float32 arrays.
       batch_stats: nested dict, running averages of the batch-norm statistics.
       opt_state: the optimiser's.
@@ -24,6 +26,7 @@ class TrainState:
     """
 
     step: jax.Array
+    seed: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
@@ -40,6 +43,7 @@ def create_train_state(
     batch_stats: Any,
     optimizer: optax.GradientTransformation,
     averages_params: bool = False,
+    seed: int = 0,
 ) -> TrainState:
     """Returns the state before the first step."""
     step = jnp.zeros((), jnp.int32)
@@ -48,9 +52,9 @@ def create_train_state(
     # A copy: the step gives up the memory of both.
     copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
     average = copy(params) if averages_params else None
-    return TrainState(step, params, batch_stats, opt_state, average)
+    return TrainState(step, jnp.uint32(seed), params, batch_stats, opt_state, average)
 
 
-def stream_key(seed: int, stream: int) -> jax.Array:
+def stream_key(seed: int | jax.Array, stream: int) -> jax.Array:
     """Returns the key of one stream of randomness of a run."""
     return jax.random.fold_in(jax.random.key(seed), stream)

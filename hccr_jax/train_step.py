@@ -57,7 +57,7 @@ def average_params(averages: Any, params: Any, step: jax.Array, decay: float) ->
     return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, params)
 
 
-def row_keys(seed: int, stream: int, step: jax.Array, rows: int) -> jax.Array:
+def row_keys(seed: int | jax.Array, stream: int, step: jax.Array, rows: int) -> jax.Array:
     """Returns one key (B,) for each row of a step's global batch.
 
     One key a row, so that what happens to an image does not depend on the layout over devices.
@@ -77,7 +77,6 @@ def make_train_step(
     augment: Augment,
     mesh: Mesh,
     *,
-    seed: int,
     batch_norm_momentum: float = 0.9997,
     batch_norm_ramp: bool = True,
     global_batch_norm: bool = True,
@@ -96,7 +95,6 @@ def make_train_step(
       optimizer: from `optim.make_optimizer`.
       augment: from `augment.make_augment`.
       mesh: from `sharding.create_mesh`.
-      seed: of the run; augmentation and dropout are functions of (seed, step, row).
       batch_norm_momentum, batch_norm_ramp: see `average_statistics`.
       global_batch_norm: statistics of the whole batch; False: of each device's rows alone, which
         needs no communication inside the network and depends on the number of devices.
@@ -116,7 +114,8 @@ def make_train_step(
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
       devices and the old state given up; with a teacher its (params, batch_stats) are a fourth
-      argument. Metrics are scalars: mean `loss`, `accuracy` and `gradient_norm` of the batch.
+      argument. Augmentation and dropout are functions of the state's seed and step and of the row.
+      Metrics are scalars: mean `loss`, `accuracy` and `gradient_norm` of the batch.
       Where one of these is not finite, the state stays as it was but for its step, all three
       are 0, `skipped` is 1 instead of 0, and `first_bad` is the step instead of NEVER.
     """
@@ -178,7 +177,7 @@ def make_train_step(
             average = average_params(average, params, state.step, average_decay)
         norm = optax.tree.norm(gradients)
         is_good = jnp.isfinite(mean_loss) & jnp.isfinite(norm)
-        new = TrainState(state.step, params, averages, opt_state, average)
+        new = TrainState(state.step, state.seed, params, averages, opt_state, average)
         new = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, state)
         metrics = {"loss": mean_loss, "accuracy": correct, "gradient_norm": norm}
         metrics = {name: jnp.where(is_good, value, 0.0) for name, value in metrics.items()}
@@ -194,8 +193,8 @@ def make_train_step(
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array, *teachers):
         batch = images.shape[0]
-        augment_keys = row_keys(seed, AUGMENT, state.step, batch)
-        dropout_keys = row_keys(seed, DROPOUT, state.step, batch)
+        augment_keys = row_keys(state.seed, AUGMENT, state.step, batch)
+        dropout_keys = row_keys(state.seed, DROPOUT, state.step, batch)
         teacher_variables = teachers[0] if teachers else ()
         return sharded_step(state, teacher_variables, images, labels, augment_keys, dropout_keys)
 
@@ -382,16 +381,17 @@ def combine_views(logits: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def make_statistics_step(
-    apply: Apply, augment: Augment, mesh: Mesh, *, seed: int, strict_shards: int = 0
-) -> Callable[[Any, Any, jax.Array, jax.Array], Any]:
+    apply: Apply, augment: Augment, mesh: Mesh, *, strict_shards: int = 0
+) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Any]:
     """Returns a jitted step that adds one batch to an equal-weight average of batch statistics.
 
     Args:
-      apply, augment, mesh, seed, strict_shards: as for `make_train_step`.
+      apply, augment, mesh, strict_shards: as for `make_train_step`.
 
     Returns:
-      step(params, averages, images uint8 (B, S, S), count int32 scalar) -> averages, where count
-      batches are already in `averages`; the batch is augmented as training step `count` would.
+      step(params, averages, images uint8 (B, S, S), count int32 scalar, seed uint32 scalar) ->
+      averages, where count batches are already in `averages`; the batch is augmented as training
+      step `count` of that seed would.
     """
 
     def local_step(params, averages, count, *rows):
@@ -416,7 +416,7 @@ def make_statistics_step(
     )  # fmt: skip
 
     @jax.jit
-    def statistics_step(params, averages, images, count):
+    def statistics_step(params, averages, images, count, seed):
         rows = images.shape[0]
         augment_keys = row_keys(seed, AUGMENT, count, rows)
         dropout_keys = row_keys(seed, DROPOUT, count, rows)

@@ -66,10 +66,12 @@ def make_batch(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, NUM_CLASSES, rows).astype(np.int32)
 
 
-def fresh(params, batch_stats, optimizer, mesh: Mesh, averages: bool = False) -> TrainState:
+def fresh(
+    params, batch_stats, optimizer, mesh: Mesh, averages: bool = False, seed: int = 0
+) -> TrainState:
     """A state of its own, for the step gives up the one it gets, placed as the step leaves it."""
     copies = jax.tree.map(jnp.copy, (params, batch_stats))
-    return jax.device_put(create_train_state(*copies, optimizer, averages), replicated(mesh))
+    return jax.device_put(create_train_state(*copies, optimizer, averages, seed), replicated(mesh))
 
 
 def assert_near(ours, expected, atol: float = 1e-5) -> None:
@@ -164,7 +166,7 @@ def descent():
     network = make_small_network()
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
     step = make_train_step(
-        network[0], optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1, noise_rate=0.2
+        network[0], optimizer, as_they_are, mesh_of(4), label_smoothing=0.1, noise_rate=0.2
     )
     return network, optimizer, step
 
@@ -202,8 +204,7 @@ def test_steps_are_pure_and_do_not_depend_on_the_number_of_devices():
         return state, (first, second)
 
     steps = {
-        count: make_train_step(apply, optimizer, as_they_are, mesh_of(count), seed=3)
-        for count in (1, 4)
+        count: make_train_step(apply, optimizer, as_they_are, mesh_of(count)) for count in (1, 4)
     }
     once, again, on_four = two_steps(1), two_steps(1), two_steps(4)
     jax.tree.map(np.testing.assert_array_equal, once, again)
@@ -226,17 +227,29 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
 
     images, labels = make_batch(8)
     optimizer = make_optimizer("sgd", lambda step: 0.0)
-    step = make_train_step(
-        network, optimizer, noise, mesh_of(devices), seed=3, batch_norm_momentum=0.0
-    )
+    step = make_train_step(network, optimizer, noise, mesh_of(devices), batch_norm_momentum=0.0)
     nothing = {"augment": jnp.zeros(8), "dropout": jnp.zeros(8)}
-    state = fresh(jnp.zeros(NUM_CLASSES), nothing, optimizer, mesh_of(devices))
+    state = fresh(jnp.zeros(NUM_CLASSES), nothing, optimizer, mesh_of(devices), seed=3)
     for count in range(2):
         state, _ = step(state, images, labels)
         for name, stream in (("augment", AUGMENT), ("dropout", DROPOUT)):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), stream), count)
             expected = [float(jax.random.uniform(jax.random.fold_in(key, row))) for row in range(8)]
             np.testing.assert_allclose(state.batch_stats[name], expected, rtol=1e-6)
+
+
+def test_another_seed_is_the_same_program():
+    def text(seed):
+        network, optimizer = (
+            make_small_network(dropout_rate=0.5),
+            make_optimizer("sgd", lambda step: 0.1),
+        )
+        augment = make_augment(rotate_deg=10.0)
+        step = make_train_step(network[0], optimizer, augment, mesh_of(1))
+        state = fresh(*network[1:], optimizer, mesh_of(1), seed=seed)
+        return step.lower(state, *make_batch(8)).as_text()
+
+    assert text(0) == text(7)
 
 
 def mean_of_parts(network, parts):
@@ -261,9 +274,7 @@ def test_accumulation_averages_the_gradients_of_its_parts(devices):
     parts = [(images[m::4], labels[m::4]) for m in range(4)]
     (loss, statistics), gradients = mean_of_parts(network, parts)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
-    step = make_train_step(
-        apply, optimizer, as_they_are, mesh_of(devices), seed=0, accumulation_steps=4
-    )
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(devices), accumulation_steps=4)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(devices)), images, labels)
     assert_near(metrics["loss"], loss)
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
@@ -278,7 +289,7 @@ def test_parts_with_statistics_of_their_own_are_averaged(options):
     parts = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
     (loss, statistics), gradients = mean_of_parts(network, parts)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
-    step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), seed=0, **options)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), **options)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
     assert_near(metrics["loss"], loss)
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
@@ -292,12 +303,16 @@ def test_a_strict_step_has_the_same_bits_on_any_number_of_devices():
 
     def run(devices):
         mesh = mesh_of(devices)
-        step = make_train_step(apply, optimizer, as_they_are, mesh, seed=3, strict_shards=4)
-        count = make_statistics_step(apply, as_they_are, mesh, seed=3, strict_shards=4)
+        step = make_train_step(apply, optimizer, as_they_are, mesh, strict_shards=4)
+        count = make_statistics_step(apply, as_they_are, mesh, strict_shards=4)
         state = fresh(params, batch_stats, optimizer, mesh)
         for _ in range(3):
             state, metrics = step(state, images, labels)
-        return state, metrics, count(state.params, state.batch_stats, images, jnp.int32(2))
+        return (
+            state,
+            metrics,
+            count(state.params, state.batch_stats, images, jnp.int32(2), state.seed),
+        )
 
     alone = run(1)
     for devices in (2, 4):
@@ -310,9 +325,7 @@ def test_gradients_added_up_in_bfloat16_have_its_precision():
     optimizer = make_optimizer("sgd", lambda step: 1.0, beta1=0.0)
     gradients = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        step = make_train_step(
-            apply, optimizer, as_they_are, mesh_of(4), seed=0, reduce_dtype=dtype
-        )
+        step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), reduce_dtype=dtype)
         state, _ = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
         difference = jax.tree.map(lambda old, new: old - new, params, state.params)
         gradients.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(difference)]))
@@ -371,7 +384,7 @@ def test_no_convolution_stands_in_the_loop_on_a_cpu(name):
         create_model(name, num_classes=3, width=0.25, rngs=nnx.Rngs(0))
     )
     optimizer = make_optimizer("adam", lambda step: 0.1)
-    step = make_train_step(apply, optimizer, as_they_are, mesh_of(1), seed=0)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(1))
     state = jax.eval_shape(lambda: create_train_state(params, batch_stats, optimizer))
     images = jax.ShapeDtypeStruct((2, 4, 32, 32), np.uint8)
     labels = jax.ShapeDtypeStruct((2, 4), np.int32)
@@ -392,7 +405,7 @@ def lesson():
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
     steps = {
         count: make_train_step(
-            student[0], optimizer, as_they_are, mesh_of(count), seed=0, label_smoothing=0.1,
+            student[0], optimizer, as_they_are, mesh_of(count), label_smoothing=0.1,
             average_decay=AVERAGE_DECAY, teacher=teach, teacher_weight=TEACHER_WEIGHT,
             teacher_temperature=TEMPERATURE,
         )
@@ -463,7 +476,7 @@ def test_a_teacher_without_weight_changes_no_bit(descent, lesson):
     (apply, params, batch_stats), optimizer, step = descent
     _, (teach, *teacher), _, _ = lesson
     ignoring = make_train_step(
-        apply, optimizer, as_they_are, mesh_of(4), seed=0, label_smoothing=0.1, noise_rate=0.2,
+        apply, optimizer, as_they_are, mesh_of(4), label_smoothing=0.1, noise_rate=0.2,
         teacher=teach, teacher_weight=0.0,
     )  # fmt: skip
     alone = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
@@ -504,12 +517,12 @@ def test_the_loss_falls_on_a_fixed_batch(descent):
 
 def test_the_statistics_step_averages_batches_equally():
     apply, params, batch_stats = make_small_network()
-    step = make_statistics_step(apply, as_they_are, mesh_of(4), seed=0)
+    step = make_statistics_step(apply, as_they_are, mesh_of(4))
     of_batch = jax.jit(lambda x: apply(params, batch_stats, to_float(x)[..., None], True)[1])
     averages, separate = batch_stats, []
     for count in range(3):
         images, _ = make_batch(8, seed=count)
-        averages = step(params, averages, images // (count + 1), jnp.array(count))
+        averages = step(params, averages, images // (count + 1), jnp.array(count), jnp.uint32(0))
         separate.append(of_batch(images // (count + 1)))
     assert_near(averages, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *separate))
 
@@ -604,9 +617,9 @@ def test_unknown_images_are_taught_that_every_class_is_as_likely(devices):
 
     optimizer = make_optimizer("sgd", lambda step: 1.0)
     step = make_train_step(
-        network, optimizer, make_augment(), mesh_of(devices), seed=3, is_unknown=is_unknown
+        network, optimizer, make_augment(), mesh_of(devices), is_unknown=is_unknown
     )
-    state = create_train_state(jnp.array(weight), {}, optimizer)
+    state = create_train_state(jnp.array(weight), {}, optimizer, seed=3)
     _, metrics = step(state, images, labels)
     logits = np.asarray(to_float(images), np.float64).reshape(8, -1) @ weight.astype(np.float64)
     logs = log_softmax(logits, axis=1)

@@ -157,8 +157,8 @@ class DeviceFeed(Feed):
         num_records, room = len(self.split.labels), self.longest * self.batch_size
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
-        def draw(epoch):
-            return permutation(jnp, self.seed, epoch, num_records)
+        def draw(seed, epoch):
+            return permutation(jnp, seed, epoch, num_records)
 
         @functools.partial(jax.jit, out_shardings=sharding.split_rows(self.mesh, axis=1))
         def cut(place, *epochs):
@@ -167,12 +167,13 @@ class DeviceFeed(Feed):
 
         # So many epochs that `room` records follow any place in the first.
         num_epochs = 1 + -(-room // num_records)
+        seed = np.uint32(self.seed)
         epochs: dict[int, jax.Array] = {}
         step = first_step
         for count in lengths:
             epoch, place = divmod(step * self.batch_size, num_records)
             needed = range(epoch, epoch + num_epochs)
-            epochs = {e: epochs[e] if e in epochs else draw(np.uint32(e)) for e in needed}
+            epochs = {e: epochs[e] if e in epochs else draw(seed, np.uint32(e)) for e in needed}
             yield Call(count, (cut(np.int32(place), *epochs.values()), *whole))
             step += count
 

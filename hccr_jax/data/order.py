@@ -42,7 +42,7 @@ def permutation(xp: ModuleType, seed: Any, epoch: Any, num_records: int) -> Any:
 
     Args:
       xp: the array library, NumPy or jax.numpy: the order is the same.
-      seed, epoch: below 2³²; the epoch may be a traced scalar.
+      seed, epoch: below 2³²; they may be traced scalars.
       num_records: in the split.
     """
     half = xp.arange((num_records + 1) // 2, dtype=xp.uint32)
