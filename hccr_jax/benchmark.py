@@ -26,6 +26,9 @@ Markdown from what --output wrote, and draws scaling.png beside the first file.
 The roofline is the limit that the memory bandwidth and the matrix units of this device, measured in
 the same run, set to a step whose batch norm and ReLU6 are fused into their neighbours
 (`hccr_jax/bench/roofline.py`).
+
+Programs are compiled anew, and how long that took is told, unless JAX_COMPILATION_CACHE_DIR names a
+folder to keep them in.
 """
 
 import functools
@@ -136,7 +139,8 @@ def _run(values: flags.FlagValues) -> None:
         # Or JAX would take most of a GPU's memory for itself as it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     prepare_process()
-    jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds tells the first time
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile_seconds tells the first time
+        jax.config.update("jax_enable_compilation_cache", False)
     if torch_peer and jax.device_count() > 1 and jax.default_backend() != "cpu":
         raise InputError("--peer=torch compares on one device: let JAX see one only")
     sizes = _batch_sizes(values)
@@ -210,12 +214,13 @@ def _time_forms(values: flags.FlagValues, point: Row, common: Row, seconds: floa
     """Yields a row for each form of each kind of depthwise layer."""
     size, model = point["batch_size"], create_module(values.config, num_classes=2)
     dtype = compute_dtype(values.config)
-    for layer in depthwise_layers(model, point["image_px"]):
-        _say("depthwise {}×{}×{}, stride {}".format(*layer))
+    layers = depthwise_layers(model, point["image_px"])
+    _say(f"{len(layers)} kinds of depthwise layers: compiling all their forms")
+    for layer, form, rates in time_forms(layers, dtype, size, seconds, values.repeats):
+        _say("depthwise {}×{}×{}, stride {}".format(*layer) + f", {form}")
         about = {"layer": layer, "device_kind": jax.devices()[0].device_kind, "batch_size": size}
-        for form, rates in time_forms(layer, dtype, size, seconds, values.repeats):
-            figures = {"error": reason(rates)} if isinstance(rates, Exception) else spread(rates)
-            yield {"row": f"depthwise/{form}", **figures, "about": about | common}
+        figures = {"error": reason(rates)} if isinstance(rates, Exception) else spread(rates)
+        yield {"row": f"depthwise/{form}", **figures, "about": about | common}
 
 
 def _create_peer(torch_peer: Any, config: ConfigDict, workloads: Workloads) -> Any:

@@ -17,6 +17,8 @@ from hccr_jax.ops.depthwise_block import depthwise_block_train
 
 LAYER = (8, 8, 32)
 
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's measurements")
+
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -44,6 +46,7 @@ def x_of(*shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.ones((2, *shape), dtype)
 
 
+@on_a_cpu
 def test_the_fastest_form_of_the_layer_is_chosen(measured) -> None:
     measured(
         ((8, 8, 8, 1), "shifted", 10.0),
@@ -69,6 +72,7 @@ def test_a_layer_that_was_not_measured_takes_the_form_that_won_most(measured) ->
     assert forms.choose(x_of(3, 3, 8), 1) == "shifted"
 
 
+@on_a_cpu
 def test_without_measurements_a_default_is_chosen(measured) -> None:
     measured()
     kernels = "kernels" in forms.possible(x_of(*LAYER))
@@ -76,7 +80,7 @@ def test_without_measurements_a_default_is_chosen(measured) -> None:
     assert forms.choose(x_of(*LAYER, dtype=jnp.bfloat16), 1) == "shifted"
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's measurements")
+@on_a_cpu
 def test_every_layer_of_the_networks_was_measured_on_a_cpu() -> None:
     for name in ("mobilenet_v1", "mobilenet_v2"):
         model = create_model(name, num_classes=2, rngs=nnx.Rngs(0))

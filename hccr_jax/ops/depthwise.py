@@ -78,15 +78,25 @@ def _data_gradient(x: jax.Array, weight: jax.Array, gradient: jax.Array, stride:
 
 
 def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
-    """Returns the gradient of the weights, image by image: one image's share fits the cache."""
+    """Returns the gradient of the weights, (3, 3, C).
+
+    On a CPU image by image, since one image's share fits the cache; on other devices, which would
+    have too little to do then, in nine sums over the whole batch.
+    """
+
+    def sums(x: jax.Array, gradient: jax.Array) -> jax.Array:
+        products = (tap * gradient for tap in _taps(x, stride))
+        return jnp.stack([product.sum((0, 1, 2), dtype=jnp.float32) for product in products])
 
     def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         image, image_gradient = pair
-        products = [tap[0] * image_gradient for tap in _taps(image[None], stride)]
-        return total + jnp.stack([product.sum((0, 1)) for product in products]), None
+        return total + sums(image[None], image_gradient[None]), None
 
-    zeros = jnp.zeros((9, x.shape[-1]), gradient.dtype)
-    return lax.scan(add, zeros, (x, gradient))[0].reshape(3, 3, -1)
+    if jax.default_backend() == "cpu":
+        total, _ = lax.scan(add, jnp.zeros((9, x.shape[-1]), jnp.float32), (x, gradient))
+    else:
+        total = sums(x, gradient)
+    return total.astype(gradient.dtype).reshape(3, 3, -1)
 
 
 def grouped_conv(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:

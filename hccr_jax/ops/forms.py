@@ -4,7 +4,7 @@
 devices. The forms:
 
   kernels   fused, in C++, for float32 on a CPU with a compiler (`cpu_kernels.cc`)
-  pallas    fused, for NVIDIA GPUs (`depthwise_pallas.py`)
+  pallas    fused, for NVIDIA GPUs from Ampere on (`depthwise_pallas.py`)
   grouped   XLA's own grouped convolution, batch norm beside it
   shifted   a sum of nine shifted products, batch norm beside it
 """
@@ -20,14 +20,20 @@ import jax.numpy as jnp
 from hccr_jax.ops import native
 
 MEASURED = pathlib.Path(__file__).with_name("measured")
-DEFAULTS = {"cpu": "shifted", "gpu": "grouped"}
+FUSED = ("kernels", "pallas")  # the fastest wherever it was measured
 
 
 def possible(x: jax.Array) -> list[str]:
     """Returns the forms that can take x (B, H, W, C) on the devices at hand."""
-    backend = jax.default_backend()
-    forms = ["kernels"] * native.supports(x) + ["pallas"] * (backend == "gpu")
+    forms = ["kernels"] * native.supports(x) + ["pallas"] * _runs_pallas(jax.devices()[0])
     return [*forms, "grouped", "shifted"]
+
+
+def _runs_pallas(device: jax.Device) -> bool:
+    """Returns whether a device is an NVIDIA GPU of the generation Ampere or later."""
+    capability = str(getattr(device, "compute_capability", ""))  # such as "9.0"; others' "gfx90a"
+    major, _, minor = capability.partition(".")
+    return major.isdecimal() and minor.isdecimal() and int(major) >= 8
 
 
 def choose(x: jax.Array, stride: int) -> str:
@@ -35,15 +41,15 @@ def choose(x: jax.Array, stride: int) -> str:
 
     That is the fastest in the measurement of this kind of device, dtype and layer; for a layer that
     was not measured, the one that won most often on such a device; on devices never measured, the
-    CPU kernels where they can be had, else a default.
+    fused one where it can be had, else "shifted" on a CPU and "grouped" elsewhere.
     """
     forms = possible(x)
     layer = (*x.shape[1:], stride)
     ranking = _rankings().get((jax.devices()[0].device_kind, jnp.dtype(x.dtype).name), {})
-    for form in [*ranking.get(layer, []), *_by_wins(ranking), "kernels"]:
+    for form in [*ranking.get(layer, []), *_by_wins(ranking), *FUSED]:
         if form in forms:
             return form
-    return DEFAULTS.get(jax.default_backend(), "grouped")
+    return "shifted" if jax.default_backend() == "cpu" else "grouped"
 
 
 def _by_wins(ranking: dict[tuple[int, ...], list[str]]) -> list[str]:
