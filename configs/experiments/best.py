@@ -15,6 +15,8 @@ NAMES = {
     "v2_best_shuffled": "`v2_best`, 10 % of the training labels shuffled",
     "v2_robust": "`v2_robust`, from `v2_best`",
     "v1_best": "`v1_best`",
+    "teacher": "`teacher`: ResNet-18, on one H200",
+    "v2_distilled": "`v2_distilled`, from `teacher`",
 }
 _CONFIGS = {"paper": "v2", "v2_best_shuffled": "v2_best"}
 
@@ -33,4 +35,6 @@ def get_config(name: str) -> ConfigDict:
         config.eval.suspects = 100
     if name == "v2_robust":
         config.init_from = "runs/best/v2_best-seed0"
+    if name == "v2_distilled":
+        config.teacher.checkpoint = "runs/best/teacher-seed0"
     return config
