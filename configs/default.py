@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
     # images are learnt beside the labels. "" for none.
     config.teacher = ConfigDict()
     config.teacher.checkpoint = ""
+    # Asked before the training only, about the images as they are: no step takes longer for it, but
+    # each image has two bytes more in memory for each class.
+    config.teacher.once = False
     config.teacher.weight = 0.5  # of its part of the loss
     config.teacher.temperature = 1.0
 

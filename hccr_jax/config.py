@@ -130,6 +130,7 @@ RULES: dict[str, Rule] = {
     "loss.noise_rate": Rule(float, 0, 0.99),
     "loss.mirrored_unknown": Rule(bool),
     "teacher.checkpoint": Rule(str),
+    "teacher.once": Rule(bool),
     "teacher.weight": _SHARE,
     "teacher.temperature": Rule(float, 0.1, 100),
     "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),

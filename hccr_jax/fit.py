@@ -79,7 +79,7 @@ def read_features(
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(feed.mesh))
     def compute(arrays, index, step):
-        images, labels = feed.pick(arrays, index)
+        images, labels, *_ = feed.pick(arrays, index)
         keys = row_keys(feed.seed, AUGMENT, step, len(labels))
         return gradient_features(augment(keys, to_float(images))), labels
 

@@ -1,6 +1,7 @@
 """A config made concrete: its data, network and functions."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from hccr_jax import config as config_lib
-from hccr_jax import optim, sharding
+from hccr_jax import optim, processes, sharding
 from hccr_jax.augment import make_augment, make_is_mirrored
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.config import Steps
@@ -20,12 +22,14 @@ from hccr_jax.data.input_pipeline import FEEDS, Feed, choose_placement
 from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, join_splits, load_split
 from hccr_jax.errors import InputError
+from hccr_jax.evaluate import read_outputs
 from hccr_jax.network import Network, create_network
 from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from, tell_start
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
     Augment,
+    make_logits_step,
     make_statistics_step,
     make_train_call,
     make_train_step,
@@ -92,6 +96,8 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     teacher = None
     if config.teacher.checkpoint:
         teacher = _load_teacher(config, train)
+    if teacher and config.teacher.once:
+        train, teacher = dataclasses.replace(train, answers=_ask(teacher, train.images)), None
     optimizer, schedule = _create_optimizer(config, steps)
     augment: Augment = make_augment(**augment_options(config))
     is_unknown = None
@@ -117,6 +123,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         average_decay=config.optimizer.average_decay,
         is_unknown=is_unknown,
         teacher=teacher.apply if teacher else None,
+        has_answers=train.answers is not None,
         teacher_weight=config.teacher.weight,
         teacher_temperature=config.teacher.temperature,
     )
@@ -187,6 +194,18 @@ def _load_teacher(config: ConfigDict, train: Split) -> Network:
                 f"cannot judge images of data.{key}={config.data[key]!r}"
             )
     return teacher.network
+
+
+def _ask(teacher: Network, images: np.ndarray) -> np.ndarray:
+    """Returns a teacher's logits for images as they are, float16 (N, K)."""
+    step = make_logits_step(teacher.apply, teacher.mesh)
+    size = teacher.eval_batch_size
+    outputs = read_outputs(step, teacher.params, teacher.batch_stats, images, size, teacher.mesh)
+    batches = tqdm(
+        outputs, "asking the teacher", math.ceil(len(images) / size), leave=False, unit="batch",
+        disable=not processes.is_first(),
+    )  # fmt: skip
+    return np.concatenate([logits.astype(np.float16) for (logits,) in batches])
 
 
 def augment_options(config: ConfigDict) -> dict[str, float]:

@@ -85,6 +85,7 @@ def make_train_step(
     strict_shards: int = 0,
     average_decay: float = 0.0,
     teacher: Apply | None = None,
+    has_answers: bool = False,
     is_unknown: IsMirrored | None = None,
     **loss: float,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -107,6 +108,7 @@ def make_train_step(
         results are added up in order.
       average_decay: of the moving average of the parameters, where the state has one.
       teacher: a trained network whose answers to the same augmented images are learnt as well.
+      has_answers: a teacher's answers come with the labels.
       is_unknown: tells by the augmentation's keys (B,) which images, bool (B,), are to be taken for
         no character at all.
       **loss: numbers that `losses.training_loss` takes.
@@ -114,8 +116,9 @@ def make_train_step(
     Returns:
       step(state, images uint8 (B, S, S), labels int32 (B,)) -> (state, metrics), B split over the
       devices and the old state given up; with a teacher its (params, batch_stats) are a fourth
-      argument. Augmentation and dropout are functions of the state's seed and step and of the row.
-      Metrics are scalars: mean `loss`, `accuracy` and `gradient_norm` of the batch.
+      argument, or its logits (B, K) where it has answered before. Augmentation and dropout are
+      functions of the state's seed and step and of the row. Metrics are scalars: mean `loss`,
+      `accuracy` and `gradient_norm` of the batch.
       Where one of these is not finite, the state stays as it was but for its step, all three
       are 0, `skipped` is 1 instead of 0, and `first_bad` is the step instead of NEVER.
     """
@@ -128,7 +131,7 @@ def make_train_step(
 
         def part(index):
             """Returns a part's share of gradients, metrics and batch statistics on this device."""
-            images, labels, augment_keys, dropout_keys = (
+            images, labels, augment_keys, dropout_keys, *answers = (
                 array.reshape(num_parts, -1, *array.shape[1:])[index]
                 if strict_shards
                 else array.reshape(-1, num_parts, *array.shape[1:])[:, index]
@@ -136,7 +139,9 @@ def make_train_step(
             )
             inputs = augment(augment_keys, to_float(images))[..., None]
             unknown = is_unknown(augment_keys) if is_unknown else None
-            teacher_logits = teacher(*teacher_variables, inputs)[0] if teacher else None
+            teacher_logits = answers[0].astype(jnp.float32) if has_answers else None
+            if teacher:
+                teacher_logits, _ = teacher(*teacher_variables, inputs)
 
             def loss_fn(params):
                 logits, batch_stats = apply(
@@ -187,21 +192,24 @@ def make_train_step(
 
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     sharded_step = jax.shard_map(
-        local_step, mesh=mesh, in_specs=(whole, whole, rows, rows, rows, rows),
+        local_step, mesh=mesh, in_specs=(whole, whole, *[rows] * (4 + has_answers)),
         out_specs=(whole, whole), check_vma=False,
     )  # fmt: skip
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, *teachers):
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, *lessons):
         batch = images.shape[0]
         augment_keys = row_keys(state.seed, AUGMENT, state.step, batch)
         dropout_keys = row_keys(state.seed, DROPOUT, state.step, batch)
-        teacher_variables = teachers[0] if teachers else ()
-        return sharded_step(state, teacher_variables, images, labels, augment_keys, dropout_keys)
+        teacher_variables = lessons[0] if teacher else ()
+        rows = images, labels, augment_keys, dropout_keys
+        return sharded_step(state, teacher_variables, *rows, *lessons[: int(has_answers)])
 
     on_all, by_rows = sharding.replicated(mesh), sharding.split_rows(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(on_all, by_rows, by_rows) + (on_all,) * (teacher is not None),
+        in_shardings=(on_all, by_rows, by_rows)
+        + (by_rows,) * has_answers
+        + (on_all,) * (teacher is not None),
         out_shardings=(on_all, on_all),
         donate_argnums=0,
     )

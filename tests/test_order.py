@@ -108,9 +108,10 @@ def test_a_stream_yields_the_records_of_its_steps(first_step: int) -> None:
     assert len(batches) == 20 - first_step
     for step, batch in enumerate(batches, first_step):
         expected = gather(split, batch_rows(5, step, 8, 50))
-        np.testing.assert_array_equal(batch.images, expected.images)
-        np.testing.assert_array_equal(batch.labels, expected.labels)
-        assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int32)
+        images, labels = batch
+        np.testing.assert_array_equal(images, expected.images)
+        np.testing.assert_array_equal(labels, expected.labels)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
 def batches_of(feed: Feed, first_step: int, lengths: list[int]) -> list[tuple]:

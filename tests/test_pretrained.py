@@ -233,3 +233,32 @@ def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     assert away.mean() > 1e-3
     _, sums = job.train_call(job.initial, np.int32(1), call.arrays, *job.teachers)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["stream", "device"])
+def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
+    source: Path, tiny_job: list[str], placement: str
+) -> None:
+    asked = {"checkpoint": source, "once": True, "weight": 1.0, "temperature": 3.0}
+    flags = [f"--config.teacher.{key}={value}" for key, value in asked.items()]
+    flags.append(f"--config.data.placement={placement}")
+    job = create_job(parse(tiny_job, *flags), Timeline())
+    assert job.teachers == ()
+
+    call = next(job.feed.calls(0, [1]))
+    images, labels, _ = map(np.asarray, job.feed.pick(call.arrays, 0))
+    teacher = load_pretrained(source, job.config).network
+    seen = to_float(jnp.array(images))[..., None]
+    answer, _ = jax.jit(teacher.apply)(teacher.params, teacher.batch_stats, seen)
+    augment_keys, dropout_keys = (
+        row_keys(0, stream, jnp.int32(0), len(labels)) for stream in (AUGMENT, DROPOUT)
+    )
+    inputs = jax.jit(job.augment)(augment_keys, to_float(jnp.array(images)))[..., None]
+    network = job.network
+    logits, _ = jax.jit(
+        lambda x: network.apply(network.params, network.batch_stats, x, True, dropout_keys)
+    )(inputs)
+    answer, logits = (np.asarray(x, np.float64) / 3 for x in (answer, logits))
+    away = 9.0 * entropy(softmax(answer, axis=1), softmax(logits, axis=1), axis=1)
+    _, sums = job.train_call(job.initial, np.int32(1), call.arrays)
+    np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # answers of half precision

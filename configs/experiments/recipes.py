@@ -34,6 +34,7 @@ NAMES = {
         "no_smoothing": "no label smoothing",
         "noise_rate": "loss that bears wrong labels, noise rate 0.5",
         "teacher": "distillation from hwdb100 in full",
+        "teacher_once": "the same, the teacher asked once",
         "no_dropout": "no dropout",
     },
     "Augmentation": {
@@ -84,6 +85,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "no_smoothing": {"loss.label_smoothing": 0.0},
     "noise_rate": {"loss.noise_rate": 0.5},
     "teacher": {"teacher.checkpoint": "runs/hwdb100"},  # it has not seen the validation writers
+    "teacher_once": {"teacher.checkpoint": "runs/hwdb100", "teacher.once": True},
     "no_dropout": {"model.dropout_rate": 0.0},
     "no_augmentation": {
         "augment.rotate_deg": 0.0,

@@ -46,6 +46,12 @@ def gather(split: Split, rows: np.ndarray) -> Batch:
     return Batch(split.images[rows], split.labels[rows])
 
 
+def training_arrays(split: Split) -> tuple[np.ndarray, ...]:
+    """Returns what a training step reads of each record: image, label and a teacher's answer."""
+    answers = () if split.answers is None else (split.answers,)
+    return (split.images, split.labels, *answers)
+
+
 def process_rows(batch_size: int) -> slice:
     """Returns the part of a global batch that belongs to this process."""
     local = batch_size // jax.process_count()
@@ -72,8 +78,8 @@ def call_lengths(first_step: int, last_step: int, longest: int, every: list[int]
 
 def stream_batches(
     split: Split, *, seed: int, batch_size: int, first_step: int, last_step: int
-) -> Iterator[Batch]:
-    """Yields this process's rows of the batches of steps first_step to last_step − 1.
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields this process's rows of `training_arrays`, for steps first_step to last_step − 1.
 
     Step s always yields the same records, wherever the stream starts, so a resumed run needs
     nothing but its step.
@@ -84,10 +90,11 @@ def stream_batches(
       batch_size: of the global batch.
       first_step, last_step: half-open range.
     """
-    mine = process_rows(batch_size)
+    mine, arrays = process_rows(batch_size), training_arrays(split)
 
-    def read(step: int) -> Batch:
-        return gather(split, batch_rows(seed, step, batch_size, len(split.labels))[mine])
+    def read(step: int) -> tuple[np.ndarray, ...]:
+        rows = batch_rows(seed, step, batch_size, len(split.labels))[mine]
+        return tuple(array[rows] for array in arrays)
 
     steps = grain.MapDataset.range(first_step, last_step).map(read)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH_BATCHES)
@@ -117,13 +124,13 @@ class Feed:
         raise NotImplementedError
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Returns images (B, S, S) and labels (B,) of one step of a call, from its arrays."""
+    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
+        """Returns a step's rows of `training_arrays`, from the arrays of its call."""
         raise NotImplementedError
 
 
 class StreamFeed(Feed):
-    """Batches read ahead on the host; a call's arrays are images (longest, B, S, S) and labels."""
+    """Batches read ahead on the host; a call's arrays are those of its steps, (longest, B, …)."""
 
     name = "stream"
 
@@ -137,23 +144,22 @@ class StreamFeed(Feed):
         )
         for count in lengths:
             parts = [next(batches) for _ in range(count)]
-            filling = [Batch(*map(np.zeros_like, parts[0]))] * (self.longest - count)
+            filling = [tuple(map(np.zeros_like, parts[0]))] * (self.longest - count)
             stacked = tuple(map(np.stack, zip(*parts, *filling, strict=True)))
             yield Call(count, sharding.put_batch(stacked, self.mesh, axis=1))
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        images, labels = arrays
-        return images[step], labels[step]
+    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
+        return tuple(array[step] for array in arrays)
 
 
 class DeviceFeed(Feed):
-    """The whole split on every device; a call's arrays are rows (longest, B), images and labels."""
+    """The whole split on every device; a call's arrays are rows (longest, B) and the split's."""
 
     name = "device"
 
     def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
-        whole = sharding.put_whole((self.split.images, self.split.labels), self.mesh)
+        whole = sharding.put_whole(training_arrays(self.split), self.mesh)
         num_records, room = len(self.split.labels), self.longest * self.batch_size
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
@@ -178,10 +184,10 @@ class DeviceFeed(Feed):
             step += count
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        rows, images, labels = arrays
+    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
+        rows, *whole = arrays
         read = functools.partial(jnp.take, indices=rows[step], axis=0, mode="clip")
-        return read(images), read(labels)
+        return tuple(map(read, whole))
 
 
 FEEDS = {feed.name: feed for feed in (StreamFeed, DeviceFeed)}
@@ -196,7 +202,7 @@ def choose_placement(placement: str, split: Split, mesh: Mesh) -> str:
     Raises:
       InputError: "device" was asked for and the split does not fit.
     """
-    needed = split.images.nbytes + split.labels.nbytes
+    needed = sum(array.nbytes for array in training_arrays(split))
     statistics = mesh.local_devices[0].memory_stats() or {}
     free = statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
     if placement == "auto":
