@@ -34,7 +34,7 @@ NAMES = {
         "no_smoothing": "no label smoothing",
         "noise_rate": "loss that bears wrong labels, noise rate 0.5",
         "teacher": "distillation from hwdb100 in full",
-        "teacher_once": "the same, the teacher asked once",
+        "teacher_once": "distillation from hwdb100 in full, asked once",
         "no_dropout": "no dropout",
     },
     "Augmentation": {
