@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
     config.model.lda_dims = 160  # at most one less than there are classes
     config.model.eigenvectors = 50  # of each class
     config.model.minor_variance = 0.65  # in all other directions; the mean variance is 1
+    # Above 0 a network asks mqdf as well when it reads: their log-probabilities are added, those of
+    # mqdf times this. It is fitted to the training images before the training.
+    config.model.mqdf_weight = 0.0
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
 
     config.data = ConfigDict()
@@ -105,8 +108,8 @@ def get_config() -> ConfigDict:
     # images are learnt beside the labels. "" for none.
     config.teacher = ConfigDict()
     config.teacher.checkpoint = ""
-    # Asked before the training only, about the images as they are: no step takes longer for it, but
-    # each image has two bytes more in memory for each class.
+    # Asked before the training only, about the images as they are, in its own normal form: no step
+    # takes longer for it, but each image has two bytes more in memory for each class.
     config.teacher.once = False
     config.teacher.weight = 0.5  # of its part of the loss
     config.teacher.temperature = 1.0

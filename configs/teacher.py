@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = v2_distilled.get_config()
     config.num_epochs = 22.0
     config.model.name = "resnet18"
+    config.model.mqdf_weight = 0.0
     config.teacher.checkpoint = ""
     config.loss.label_smoothing = 0.05  # from smoother answers less can be learnt
     config.augment.elastic_px = 2.0

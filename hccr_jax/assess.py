@@ -16,7 +16,7 @@ from hccr_jax.data.splits import Split, rows_spread
 from hccr_jax.evaluate import Evaluation, evaluate, read_outputs
 from hccr_jax.files import replace_text
 from hccr_jax.job import dataset_name, load, load_training
-from hccr_jax.models.registry import count_parameters, expose_features
+from hccr_jax.models.registry import expose_features
 from hccr_jax.pretrained import NORMAL_FORM, Pretrained
 from hccr_jax.rejection import evaluate_rejection
 from hccr_jax.rejector import REJECTOR, to_traits
@@ -50,7 +50,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     if pretrained.validation and config.data.validation_split not in learnt:
         results["validation_top1"] = pretrained.validation["top1"]
     results["seed"] = config.seed
-    results["parameters"] = count_parameters(network.params)
+    results["parameters"] = network.num_parameters
     results["multiply_adds"] = network.multiply_adds
     results["views"] = network.num_views
     results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")

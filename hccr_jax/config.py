@@ -62,6 +62,7 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
 MODEL_DEFAULTS = {
     "width": 1.0, "stem_stride": 2, "first_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
     "batch_norm_epsilon": 1e-3, "lda_dims": 160, "eigenvectors": 50, "minor_variance": 0.65,
+    "mqdf_weight": 0.0,
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
@@ -90,6 +91,7 @@ RULES: dict[str, Rule] = {
     "model.lda_dims": Rule(int, 1, 512),
     "model.eigenvectors": Rule(int, 1, 512),
     "model.minor_variance": Rule(float, 1e-6, 1000),
+    "model.mqdf_weight": Rule(float, 0, 100),
     "model.dtype": Rule(str, words=("auto", "float32", "bfloat16")),
     "data.name": Rule(str),
     "data.data_dir": Rule(str),
@@ -276,8 +278,9 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     """
     model = config.model
     taken = MODEL_OPTIONS[model.name]
+    known = taken if model.name == "mqdf" else (*taken, "mqdf_weight")
     for key, default in MODEL_DEFAULTS.items():
-        if key not in taken and model[key] != default:
+        if key not in known and model[key] != default:
             raise InputError(
                 f"config.model.{key}={model[key]!r}: {model.name} has no such option; leave it at "
                 f"{default!r}"

@@ -121,7 +121,9 @@ def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
     from hccr_jax.recognizer import read_temperature
 
     pretrained = load_pretrained(checkpoint)
-    temperature = read_temperature(pretrained)
+    # The temperature of a run is that of all its answers, and the page has the network alone.
+    alone = pretrained.config.model.mqdf_weight == 0.0
+    temperature = read_temperature(pretrained) if alone else None
     views = pretrained.network.views
     maps, weights = (views.maps, views.weights) if views else (np.eye(2)[None], np.ones(1))
     return {

@@ -1,4 +1,4 @@
-"""Fits the classical recogniser to the batches of a run."""
+"""Fits the classical recogniser: to the batches of a run, or to its images beside a network."""
 
 import functools
 from collections.abc import Callable
@@ -7,12 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
 
-from hccr_jax import sharding
+from hccr_jax import processes, sharding
 from hccr_jax.data.input_pipeline import Feed, call_lengths, gather
 from hccr_jax.data.splits import Split
-from hccr_jax.models.gradient_features import gradient_features
-from hccr_jax.models.mqdf import class_rows, fit_discriminant, fit_lda, fit_scale
+from hccr_jax.models.mqdf import (
+    class_rows,
+    discriminate,
+    extract_features,
+    fit_discriminant,
+    fit_lda,
+    fit_scale,
+)
 from hccr_jax.models.registry import Apply
 from hccr_jax.train_state import AUGMENT
 from hccr_jax.train_step import row_keys, to_float
@@ -42,14 +50,7 @@ def fit_mqdf(
       augment: from `augment.make_augment`; draws as the training step does.
       validation: the scale of the logits is fitted to it.
     """
-    num_classes, dims, eigenvectors = params["discriminant"]["vectors"].shape
-    features, labels = read_features(feed, num_steps, augment)
-    groups = class_rows(labels, num_classes)
-    lda = fit_lda(features, *groups, dims)
-    reduced = jnp.dot(features, lda["weight"], precision="highest") + lda["bias"][None]
-    minor = jnp.asarray(jax.device_get(params["discriminant"]["minor_variance"]))
-    discriminant = fit_discriminant(reduced, *groups, eigenvectors, minor)
-
+    fitted = _fit_discriminants(params, *read_features(feed, num_steps, augment))
     rows = np.linspace(0, len(validation.labels) - 1, SCALE_IMAGES).astype(np.int64)
     images, labels = gather(validation, np.unique(rows))
 
@@ -60,10 +61,49 @@ def fit_mqdf(
 
         return jax.lax.map(one, images, batch_size=IMAGES_AT_ONCE)
 
-    logits = evaluate({"lda": lda, "discriminant": discriminant}, images)
-    discriminant["scale"] = fit_scale(logits, labels)
-    fitted = jax.device_get({"lda": lda, "discriminant": discriminant})
-    return sharding.put_whole(fitted, feed.mesh)
+    fitted["discriminant"]["scale"] = fit_scale(evaluate(fitted, images), labels)
+    return sharding.put_whole(jax.device_get(fitted), feed.mesh)
+
+
+def fit_beside(params: Any, split: Split, mesh: Mesh) -> Any:
+    """Returns parameters of `models.mqdf.MQDF`, fitted to a split's images as they are.
+
+    The scale of the logits is that of discriminants which have not seen a tenth of the writers, on
+    the characters of these.
+
+    Args:
+      params: initial ones; tell the shapes and the minor variance.
+      split: the training split.
+      mesh: from `sharding.create_mesh`.
+    """
+    compute = jax.jit(lambda images: extract_features(to_float(images)))
+    count, parts = len(split.labels), []
+    starts = range(0, count, IMAGES_AT_ONCE)
+    for start in tqdm(
+        starts, "fitting the MQDF", leave=False, unit="batch", disable=not processes.is_first()
+    ):
+        rows = np.minimum(np.arange(start, start + IMAGES_AT_ONCE), count - 1)
+        parts.append(jax.device_get(compute(gather(split, rows)[0])))
+    features, labels = np.concatenate(parts)[:count], np.asarray(split.labels)
+    held = np.unique(split.writers, return_inverse=True)[1] % 10 == 0
+    if held.all():  # one writer
+        held = np.arange(count) % 10 == 0
+    unseen = np.flatnonzero(held)[:SCALE_IMAGES]
+    fitted = _fit_discriminants(params, features[~held], labels[~held])
+    scale = fit_scale(discriminate(fitted, jnp.asarray(features[unseen])), labels[unseen])
+    fitted = _fit_discriminants(params, features, labels)
+    fitted["discriminant"]["scale"] = scale
+    return sharding.put_whole(jax.device_get(fitted), mesh)
+
+
+def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) -> Any:
+    """Returns fitted parameters of `models.mqdf.MQDF`, unscaled; arguments as for `fit_beside`."""
+    num_classes, dims, eigenvectors = params["discriminant"]["vectors"].shape
+    groups = class_rows(labels, num_classes)
+    lda = fit_lda(features, *groups, dims)
+    reduced = jnp.dot(features, lda["weight"], precision="highest") + lda["bias"][None]
+    minor = jnp.asarray(jax.device_get(params["discriminant"]["minor_variance"]))
+    return {"lda": lda, "discriminant": fit_discriminant(reduced, *groups, eigenvectors, minor)}
 
 
 def read_features(
@@ -81,7 +121,7 @@ def read_features(
     def compute(arrays, index, step):
         images, labels, *_ = feed.pick(arrays, index)
         keys = row_keys(feed.seed, AUGMENT, step, len(labels))
-        return gradient_features(augment(keys, to_float(images))), labels
+        return extract_features(augment(keys, to_float(images))), labels
 
     parts, step = [], 0
     for call in feed.calls(0, list(call_lengths(0, num_steps, feed.longest, []))):

@@ -23,8 +23,9 @@ from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import Split, join_splits, load_split
 from hccr_jax.errors import InputError
 from hccr_jax.evaluate import read_outputs
+from hccr_jax.fit import fit_beside
 from hccr_jax.network import Network, create_network
-from hccr_jax.pretrained import NORMAL_FORM, load_pretrained, start_from, tell_start
+from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained, start_from, tell_start
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
@@ -93,11 +94,15 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         pretrained = load_pretrained(config.init_from, config)
         network = start_from(network, train.classes, pretrained)
         print(tell_start(train.classes, pretrained, config))
+    if config.model.mqdf_weight > 0.0 and not resumes:
+        second = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
+        network = dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": second})
     teacher = None
     if config.teacher.checkpoint:
-        teacher = _load_teacher(config, train)
-    if teacher and config.teacher.once:
-        train, teacher = dataclasses.replace(train, answers=_ask(teacher, train.images)), None
+        teacher, form = _load_teacher(config, train)
+        if config.teacher.once:
+            seen = load_training(form).images
+            train, teacher = dataclasses.replace(train, answers=_ask(teacher, seen)), None
     optimizer, schedule = _create_optimizer(config, steps)
     augment: Augment = make_augment(**augment_options(config))
     is_unknown = None
@@ -161,6 +166,28 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     )
 
 
+def add_second(pretrained: Pretrained, weight: float) -> Pretrained:
+    """Returns a trained network with the classical recogniser beside it, as if trained with it.
+
+    Args:
+      pretrained: a network alone; its config tells where the data lie.
+      weight: of the recogniser.
+
+    Raises:
+      InputError: it is the classical recogniser itself, or the data are missing.
+    """
+    config = pretrained.config.copy_and_resolve_references()
+    config.model.mqdf_weight = weight
+    train = load_training(config)
+    check_classes(pretrained.classes, train.classes, pretrained.source)
+    old, network = pretrained.network, create_network(config, len(train.classes))
+    second = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
+    network = dataclasses.replace(
+        network, params=old.params, batch_stats=old.batch_stats | {"mqdf": second}
+    )
+    return dataclasses.replace(pretrained, config=config, network=network)
+
+
 def _create_optimizer(
     config: ConfigDict, steps: Steps
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -183,17 +210,23 @@ def _create_optimizer(
     return optimizer, schedule
 
 
-def _load_teacher(config: ConfigDict, train: Split) -> Network:
-    """Returns the network to learn from; it must see the same images and mean the same classes."""
+def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict]:
+    """Returns the network to learn from, and the config with the normal form that it sees.
+
+    It must mean the same classes and, if asked in every step, see the same images.
+    """
     teacher = load_pretrained(config.teacher.checkpoint, config)
     check_classes(teacher.classes, train.classes, teacher.source)
+    seen = config.copy_and_resolve_references()
+    seen.data.update({key: teacher.config.data[key] for key in NORMAL_FORM})
     for key in NORMAL_FORM:
-        if teacher.config.data[key] != config.data[key]:
+        if seen.data[key] != config.data[key] and not config.teacher.once:
             raise InputError(
-                f"{teacher.source}: a teacher trained with data.{key}={teacher.config.data[key]!r} "
-                f"cannot judge images of data.{key}={config.data[key]!r}"
+                f"{teacher.source}: a teacher trained with data.{key}={seen.data[key]!r} cannot "
+                f"judge images of data.{key}={config.data[key]!r}; with "
+                f"--config.teacher.once=True it is asked about its own"
             )
-    return teacher.network
+    return teacher.network, seen
 
 
 def _ask(teacher: Network, images: np.ndarray) -> np.ndarray:

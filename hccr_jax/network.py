@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import sharding
 from hccr_jax.augment import Views, create_views
-from hccr_jax.models.registry import Apply, create_model, split_model, summarize
+from hccr_jax.models.registry import (
+    Apply,
+    count_parameters,
+    create_model,
+    split_model,
+    summarize,
+    with_mqdf,
+)
 from hccr_jax.train_state import INIT, stream_key
 from hccr_jax.train_step import make_eval_step
 
@@ -26,7 +33,7 @@ class Network:
       mesh: of all devices.
       apply: the network as a pure function.
       eval_step: from `train_step.make_eval_step`.
-      params, batch_stats: initial, on every device.
+      params, batch_stats: initial, on every device; see `registry.with_mqdf`.
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
       eval_batch_size: images of a batch in an evaluation, fewer the more views each has.
@@ -47,6 +54,11 @@ class Network:
     def num_views(self) -> int:
         """Of an image in an evaluation."""
         return len(self.views.maps) if self.views else 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained values, and those of the classical recogniser beside the network."""
+        return count_parameters(self.params) + count_parameters(self.batch_stats.get("mqdf"))
 
 
 def create_module(config: ConfigDict, num_classes: int) -> nnx.Module:
@@ -69,9 +81,15 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     """Returns the network of a config, freshly initialised."""
     mesh = sharding.create_mesh()
     model = create_module(config, num_classes)
-    apply, *initial = split_model(model)
-    params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
+    apply, params, batch_stats = split_model(model)
     summary, multiply_adds = summarize(model, config.data.image_px)
+    if config.model.mqdf_weight > 0.0:
+        weight = config.model.mqdf_weight
+        apply, batch_stats, mqdf = with_mqdf(apply, batch_stats, weight, num_classes)
+        beside, more = summarize(mqdf, config.data.image_px)
+        summary, multiply_adds = f"{summary}\n\nbeside it\n{beside}", multiply_adds + more
+    initial = params, batch_stats
+    params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
     views = None
     if config.eval.views > 1 or config.eval.flip_views:
         options = config.eval

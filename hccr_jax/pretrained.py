@@ -12,6 +12,7 @@ from hccr_jax import config as config_lib
 from hccr_jax import sharding
 from hccr_jax.checkpoint import Checkpoints
 from hccr_jax.errors import InputError
+from hccr_jax.models.registry import without_mqdf
 from hccr_jax.network import Network, create_network
 
 EVAL_DEFAULTS = {"views": 1, "flip_views": False, "upright_prior": 0.25}
@@ -140,8 +141,21 @@ def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained)
         return trained
 
     params = take(network.params, old.params, False)
-    batch_stats = take(network.batch_stats, old.batch_stats, False)
-    return dataclasses.replace(network, params=params, batch_stats=batch_stats)
+    # The classical recogniser beside a network is fitted anew.
+    own = take(without_mqdf(network.batch_stats), without_mqdf(old.batch_stats), False)
+    return dataclasses.replace(network, params=params, batch_stats=network.batch_stats | own)
+
+
+def without_second(pretrained: Pretrained) -> Pretrained:
+    """Returns the network without the classical recogniser beside it."""
+    config = pretrained.config.copy_and_resolve_references()
+    config.model.mqdf_weight = 0.0
+    network = dataclasses.replace(
+        create_network(config, len(pretrained.classes)),
+        params=pretrained.network.params,
+        batch_stats=without_mqdf(pretrained.network.batch_stats),
+    )
+    return dataclasses.replace(pretrained, config=config, network=network)
 
 
 def tell_start(classes: Sequence[str], pretrained: Pretrained, config: ConfigDict) -> str:

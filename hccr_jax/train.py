@@ -25,7 +25,7 @@ from hccr_jax.data.order import batch_rows
 from hccr_jax.evaluate import evaluate
 from hccr_jax.files import replace_text
 from hccr_jax.fit import fit_mqdf
-from hccr_jax.job import Job, create_job, load
+from hccr_jax.job import Job, add_second, create_job, load
 from hccr_jax.metrics import MetricsWriter
 from hccr_jax.pretrained import find_checkpoints, load_pretrained
 from hccr_jax.startup import Timeline
@@ -90,7 +90,8 @@ def evaluate_checkpoint(
     """Evaluates a run's best checkpoint on the test split.
 
     Args:
-      config: tells the data; the network and the images' size are the checkpoint's own.
+      config: tells the data; the network and the images' size are the checkpoint's own. Where that
+        has no classical recogniser beside it, `model.mqdf_weight` adds one.
       workdir: gets eval.json, plots/ and report.html.
       checkpoint: folder of checkpoints, or of a run; None for the workdir's own.
 
@@ -103,6 +104,8 @@ def evaluate_checkpoint(
     check_writable(workdir)
     config_lib.check_devices(config, jax.device_count())
     pretrained = load_pretrained(checkpoint or workdir, config)
+    if config.model.mqdf_weight > 0.0 and pretrained.config.model.mqdf_weight == 0.0:
+        pretrained = add_second(pretrained, config.model.mqdf_weight)
     split = load(pretrained.config, config.data.test_split)
     with _writing(workdir):
         return assess(pretrained, split, workdir)

@@ -18,7 +18,12 @@ from flax import nnx
 
 from hccr_jax import main
 from hccr_jax.models import mqdf
-from hccr_jax.models.gradient_features import GRID, gradient_directions, gradient_features
+from hccr_jax.models.gradient_features import (
+    GRID,
+    equalize_density,
+    gradient_directions,
+    gradient_features,
+)
 from hccr_jax.models.registry import count_parameters, create_model, split_model, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +89,58 @@ def test_features_of_pale_ink_and_of_no_ink() -> None:
     np.testing.assert_allclose((features**2).sum(1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(gradient_features(0.3 * images), features, atol=1e-6)
     np.testing.assert_array_equal(gradient_features(jnp.zeros((1, 24, 24))), np.zeros((1, 512)))
+
+
+def resampling(image: np.ndarray) -> np.ndarray:
+    """Returns the matrix that equalizes the density of an image's rows, row by row, in float64."""
+    size = len(image)
+    inked = np.flatnonzero((image > 5 / 255).any(1))
+    if not len(inked):
+        return np.eye(size)
+    first, last = inked[0], inked[-1]
+    sides = np.abs(np.diff(image, axis=0, prepend=0, append=0)).sum(1)
+    density, room = sides[1:] + sides[:-1], np.ones(size)
+    for row in range(first, last + 1):
+        near = slice(max(row - size // 16, first), min(row + size // 16, last) + 1)
+        room[row] = density[near].mean()
+    box = slice(first, last + 1)
+    room[box] = 0.5 + 0.5 * room[box] / room[box].mean()
+    place = np.interp(np.arange(size + 1), np.append(0, np.cumsum(room)), np.arange(size + 1))
+    matrix = np.zeros((size, size))
+    for row in range(size):
+        centre, reach = (place[row] + place[row + 1]) / 2, max(1.0, place[row + 1] - place[row])
+        matrix[row] = np.clip(1 - np.abs(np.arange(size) + 0.5 - centre) / reach, 0, None)
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_density_is_equalized_as_by_a_reference_in_float64(size: int) -> None:
+    images = blobs(4, size)
+    images[0, :, : size // 3] = 0.0
+    images[1, -size // 3 :] = 0.0
+    images[2] = 0.0
+    images[3] = 0.0
+    images[3, 5, 9:12] = 1.0
+    expected = [resampling(x) @ x @ resampling(x.T).T for x in images.astype(np.float64)]
+    got = equalize_density(jnp.asarray(images))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert np.abs(np.array(expected) - images).max() > 0.2, "something is moved"
+
+
+def test_crowded_strokes_get_half_of_the_room_and_their_share_of_the_other() -> None:
+    image = np.zeros((96, 96), np.float32)
+    for start in range(10, 40, 6):  # five strokes in the upper half of the box, one in the lower
+        image[start : start + 2, 8:88] = 1.0
+    image[85:87, 8:88] = 1.0
+    rows = np.asarray(equalize_density(jnp.asarray(image[None])))[0, :, 40]
+    assert rows[86] > 0.3, "the box ends where it did"
+    assert not rows[:9].any()
+    assert not rows[88:].any()
+    fifth = 10 + 24 + 1  # its centre
+    before = 0.5 * (fifth - 10) / 77 + 0.5 * 4.5 / 6
+    strokes = np.flatnonzero((rows[1:-1] > rows[:-2]) & (rows[1:-1] >= rows[2:])) + 1
+    assert len(strokes) == 6
+    assert strokes[4] + 0.5 == pytest.approx(10 + 77 * before, abs=1.5)
 
 
 def gaussians(per_class: int, dims: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +269,7 @@ def test_size_of_the_published_system() -> None:
     table, multiply_adds = summarize(network, 64)
     # 12 taps of two Sobel filters; for each of 8 directions 64 lines, then 8, are sampled 8 times.
     features = 12 * 64**2 + 8 * (8 * 64 * 64 + 8 * 8 * 64)
+    features += 2 * 64**3  # rows and columns are resampled before
     assert multiply_adds == features + 512 * 160 + gaussians
     assert "quadratic discriminants" in table
 

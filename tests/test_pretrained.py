@@ -183,7 +183,8 @@ def test_a_teacher_must_see_the_same_images_and_mean_the_same_classes(
 ) -> None:
     config = parse(tiny_job, f"--config.teacher.checkpoint={source}")
     train = load(config, "train")
-    teacher = _load_teacher(config, train)
+    teacher, form = _load_teacher(config, train)
+    assert form.data == config.data
     jax.tree.map(
         np.testing.assert_array_equal,
         teacher.params,
@@ -201,7 +202,8 @@ def test_a_teacher_must_see_the_same_images_and_mean_the_same_classes(
             _load_teacher(changed, train)
         assert str(caught.value) == (
             f"{source / 'checkpoints' / '4'}: a teacher trained with data.{key}={own!r} cannot "
-            f"judge images of data.{key}={value!r}"
+            f"judge images of data.{key}={value!r}; with --config.teacher.once=True it is asked "
+            f"about its own"
         )
 
 
@@ -233,6 +235,18 @@ def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     assert away.mean() > 1e-3
     _, sums = job.train_call(job.initial, np.int32(1), call.arrays, *job.teachers)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
+
+
+def test_a_teacher_asked_once_is_shown_its_own_normal_form(
+    source: Path, tiny_job: list[str]
+) -> None:
+    flags = [f"--config.teacher.checkpoint={source}", "--config.teacher.once=True"]
+    own = create_job(parse(tiny_job, *flags), Timeline()).train
+    flags += ["--config.data.image_px=48", "--config.data.aspect=adaptive"]
+    train = create_job(parse(tiny_job, *flags), Timeline()).train
+    assert (own.images.shape[1:], train.images.shape[1:]) == ((32, 32), (48, 48))
+    np.testing.assert_array_equal(train.labels, own.labels)
+    np.testing.assert_array_equal(train.answers, own.answers)
 
 
 @pytest.mark.parametrize("placement", ["stream", "device"])

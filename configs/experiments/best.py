@@ -14,11 +14,12 @@ NAMES = {
     "v2_best": "`v2_best`",
     "v2_best_shuffled": "`v2_best`, 10 % of the training labels shuffled",
     "v2_robust": "`v2_robust`, from `v2_best`",
-    "v1_best": "`v1_best`",
+    "v1_best": "`v1_best`, MQDF beside the network",
+    "v1_alone": "`v1_best`, the network alone",
     "teacher": "`teacher`: ResNet-18, on one H200",
     "v2_distilled": "`v2_distilled`, from `teacher`",
 }
-_CONFIGS = {"paper": "v2", "v2_best_shuffled": "v2_best"}
+_CONFIGS = {"paper": "v2", "v2_best_shuffled": "v2_best", "v1_alone": "v1_best"}
 
 
 def get_config(name: str) -> ConfigDict:
@@ -33,6 +34,8 @@ def get_config(name: str) -> ConfigDict:
     if name == "v2_best_shuffled":
         config.data.label_noise = 0.1
         config.eval.suspects = 100
+    if name == "v1_alone":
+        config.model.mqdf_weight = 0.0
     if name == "v2_robust":
         config.init_from = "runs/best/v2_best-seed0"
     if name == "v2_distilled":

@@ -63,6 +63,7 @@ NAMES = {
         "strokes_adaptive": "starting from simulated writers, adaptive normal form",
         "mix": "simulated writers among the training data",
         "views": "five views at test time",
+        "mqdf": "MQDF beside the network",
     },
 }
 
@@ -131,6 +132,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "data.strokes.num_test_writers": 4,
     },
     "views": {"eval.views": 5},
+    "mqdf": {"model.mqdf_weight": 0.5},
 }
 
 

@@ -11,11 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 DIRECTIONS = 8
 GRID = 8
 NUM_FEATURES = DIRECTIONS * GRID * GRID
 TINY = 1e-12
+FAINT = 5 / 255  # ink up to here is taken for paper
 
 
 def gradient_features(images: jax.Array) -> jax.Array:
@@ -37,6 +39,56 @@ def gradient_features(images: jax.Array) -> jax.Array:
     strengths = jnp.einsum("is,jt,bdst->bdij", weights, weights, planes, precision="highest")
     strengths = strengths.reshape(-1, NUM_FEATURES)
     return jnp.sqrt(strengths / jnp.maximum(strengths.sum(1, keepdims=True), TINY))
+
+
+def equalize_density(images: jax.Array) -> jax.Array:
+    """Returns images in which crowded strokes have more room, and what is empty has less.
+
+    Along each axis half of the box is shared out evenly over its pixels, the other half by how much
+    ink begins and ends at their borders, over all lines along the axis (a moving average of it).
+    Each axis is then resampled by a triangle kernel, as wide as the map is steep.
+
+    Args:
+      images: float32 (B, S, S), ink 1 and paper 0.
+
+    Returns:
+      float32 (B, S, S); the box is where it was.
+
+    Source: Liu and Marukawa, "Pseudo two-dimensional shape normalization methods for handwritten
+    Chinese character recognition", Pattern Recognition 38 (2005), line density projection; here
+    from a grey image's gradient instead of runs of black and white.
+    """
+    rows = _resampling(images)
+    columns = _resampling(images.swapaxes(1, 2))
+    return jnp.einsum("bis,bst,bjt->bij", rows, images, columns, precision="highest")
+
+
+def _resampling(images: jax.Array) -> jax.Array:
+    """Returns the float32 matrices (B, S, S) that resample the rows of images by their density."""
+    size = images.shape[1]
+    lines = (images > FAINT).any(2).astype(jnp.float32)
+    box = lax.cummax(lines, 1) * lax.cummax(lines, 1, reverse=True)
+    padded = jnp.pad(images, ((0, 0), (1, 1), (0, 0)))
+    sides = jnp.abs(jnp.diff(padded, axis=1)).sum(2)
+    density = _moving_sum((sides[:, 1:] + sides[:, :-1]) * box) / _moving_sum(box + TINY) * box
+    pixels = box.sum(1, keepdims=True)
+    shares = density / jnp.maximum(density.sum(1, keepdims=True), TINY)
+    room = jnp.where(box > 0, 0.5 + 0.5 * pixels * shares, 1.0)
+    ends = jnp.cumsum(room, 1)
+    # Where each output pixel begins and ends in the source: so many pixels lie before it.
+    place = jnp.arange(size + 1, dtype=jnp.float32)[None, :, None]
+    borders = jnp.clip((place - (ends - room)[:, None]) / room[:, None], 0.0, 1.0).sum(2)
+    centre = (borders[:, 1:, None] + borders[:, :-1, None]) / 2
+    support = jnp.maximum(jnp.diff(borders, axis=1)[:, :, None], 1.0)
+    position = jnp.arange(size, dtype=jnp.float32)[None, None] + 0.5
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(position - centre) / support)
+    return weights / weights.sum(2, keepdims=True)
+
+
+def _moving_sum(lines: jax.Array) -> jax.Array:
+    """Returns the sums (B, S) of the pixels at most S/16 away."""
+    reach = lines.shape[1] // 16
+    return lax.reduce_window(lines, 0.0, lax.add, (1, 2 * reach + 1), (1, 1), "SAME")
 
 
 def gradient_directions(images: jax.Array) -> jax.Array:

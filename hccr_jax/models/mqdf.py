@@ -10,6 +10,7 @@ on new databases", Pattern Recognition 46 (2013).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,35 @@ from flax import nnx
 from jax import lax
 
 from hccr_jax import losses
-from hccr_jax.models.gradient_features import DIRECTIONS, GRID, NUM_FEATURES, gradient_features
+from hccr_jax.models.gradient_features import (
+    DIRECTIONS,
+    GRID,
+    NUM_FEATURES,
+    equalize_density,
+    gradient_features,
+)
 from hccr_jax.models.layers import record_cost
 
 RIDGE = 0.2  # added to the within-class variances, in units of their mean
 
 
+def extract_features(images: jax.Array) -> jax.Array:
+    """Returns what the discriminants see of images (B, S, S), float32 (B, 512)."""
+    return gradient_features(equalize_density(images))
+
+
 class GradientFeatures(nnx.Module):
-    """`gradient_features` as a layer without parameters."""
+    """`extract_features` as a layer without parameters."""
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps (B, S, S, C) to (B, 512); several channels are averaged."""
-        features = gradient_features(images.mean(axis=3))
+        features = extract_features(images.mean(axis=3))
         size = images.shape[1]
-        # Two Sobel filters of six taps, then the blur along the columns and along the rows.
+        # Two products with a matrix each, two Sobel filters of six taps, then the blur along the
+        # columns and along the rows.
         blur = DIRECTIONS * GRID * (size * size + GRID * size)
-        record_cost(self, "gradient features", features, 2 * 6 * size * size + blur)
+        cost = 2 * size**3 + 2 * 6 * size**2 + blur
+        record_cost(self, "gradient features", features, cost)
         return features
 
 
@@ -117,6 +131,18 @@ class MQDF(nnx.Module):
     ) -> jax.Array:  # fmt: skip
         """Maps images (B, S, S, C), ink 1 and paper 0, to float32 logits (B, K)."""
         return self.discriminant(self.lda(self.features(images)))
+
+
+def discriminate(params: Any, features: jax.Array) -> jax.Array:
+    """Returns the logits (B, K) of an `MQDF` with given parameters for features (B, 512)."""
+    num_classes, dims, eigenvectors = params["discriminant"]["vectors"].shape
+    lda, discriminant = (
+        Projection(NUM_FEATURES, dims),
+        QuadraticDiscriminant(num_classes, dims, eigenvectors, 1.0),
+    )
+    nnx.update(lda, params["lda"])
+    nnx.update(discriminant, params["discriminant"])
+    return discriminant(lda(features))
 
 
 def class_rows(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
