@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hccr_jax import processes, sharding
 from hccr_jax.data.input_pipeline import Feed, call_lengths, gather
-from hccr_jax.data.splits import Split
+from hccr_jax.data.splits import Split, rows_spread
 from hccr_jax.models.mqdf import (
     class_rows,
     discriminate,
@@ -21,17 +21,15 @@ from hccr_jax.models.mqdf import (
     fit_lda,
     fit_scale,
 )
-from hccr_jax.models.registry import Apply
 from hccr_jax.train_state import AUGMENT
 from hccr_jax.train_step import row_keys, to_float
 
-SCALE_IMAGES = 4096  # of the validation split; their logits for 3,755 classes take 62 MB
+SCALE_IMAGES = 4096  # that the scale is fitted to; their logits for 3,755 classes take 62 MB
 IMAGES_AT_ONCE = 256
 
 
 def fit_mqdf(
     params: Any,
-    apply: Apply,
     feed: Feed,
     num_steps: int,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
@@ -44,24 +42,14 @@ def fit_mqdf(
 
     Args:
       params: initial ones; tell the shapes and the minor variance.
-      apply: the recogniser as a pure function.
       feed: of the training images.
       num_steps: batches to fit to.
       augment: from `augment.make_augment`; draws as the training step does.
       validation: the scale of the logits is fitted to it.
     """
     fitted = _fit_discriminants(params, *read_features(feed, num_steps, augment))
-    rows = np.linspace(0, len(validation.labels) - 1, SCALE_IMAGES).astype(np.int64)
-    images, labels = gather(validation, np.unique(rows))
-
-    @jax.jit
-    def evaluate(params, images):
-        def one(image):
-            return apply(params, {}, to_float(image)[None, ..., None])[0][0]
-
-        return jax.lax.map(one, images, batch_size=IMAGES_AT_ONCE)
-
-    fitted["discriminant"]["scale"] = fit_scale(evaluate(fitted, images), labels)
+    images, labels = gather(validation, rows_spread(len(validation.labels), SCALE_IMAGES))
+    _set_scale(fitted, _read_images(images), labels)
     return sharding.put_whole(jax.device_get(fitted), feed.mesh)
 
 
@@ -76,24 +64,42 @@ def fit_beside(params: Any, split: Split, mesh: Mesh) -> Any:
       split: the training split.
       mesh: from `sharding.create_mesh`.
     """
-    compute = jax.jit(lambda images: extract_features(to_float(images)))
-    count, parts = len(split.labels), []
-    starts = range(0, count, IMAGES_AT_ONCE)
-    for start in tqdm(
-        starts, "fitting the MQDF", leave=False, unit="batch", disable=not processes.is_first()
-    ):
-        rows = np.minimum(np.arange(start, start + IMAGES_AT_ONCE), count - 1)
-        parts.append(jax.device_get(compute(gather(split, rows)[0])))
-    features, labels = np.concatenate(parts)[:count], np.asarray(split.labels)
+    features, labels = _read_images(split.images), np.asarray(split.labels)
     held = np.unique(split.writers, return_inverse=True)[1] % 10 == 0
     if held.all():  # one writer
-        held = np.arange(count) % 10 == 0
-    unseen = np.flatnonzero(held)[:SCALE_IMAGES]
-    fitted = _fit_discriminants(params, features[~held], labels[~held])
-    scale = fit_scale(discriminate(fitted, jnp.asarray(features[unseen])), labels[unseen])
-    fitted = _fit_discriminants(params, features, labels)
-    fitted["discriminant"]["scale"] = scale
+        held = np.arange(len(labels)) % 10 == 0
+    unseen = np.flatnonzero(held)
+    unseen = unseen[rows_spread(len(unseen), SCALE_IMAGES)]
+    partly, fitted = (
+        _fit_discriminants(params, features[rows], labels[rows]) for rows in (~held, slice(None))
+    )
+    _set_scale(partly, features[unseen], labels[unseen])
+    fitted["discriminant"]["scale"] = partly["discriminant"]["scale"]
     return sharding.put_whole(jax.device_get(fitted), mesh)
+
+
+def _read_images(images: np.ndarray) -> np.ndarray:
+    """Returns the features, float32 (N, 512), of images uint8 (N, S, S)."""
+    compute = jax.jit(lambda images: extract_features(to_float(images)))
+    count, parts = len(images), []
+    starts, silent = range(0, count, IMAGES_AT_ONCE), not processes.is_first()
+    for start in tqdm(starts, "features for MQDF", leave=False, unit="batch", disable=silent):
+        rows = np.minimum(np.arange(start, start + IMAGES_AT_ONCE), count - 1)
+        parts.append(jax.device_get(compute(images[rows])))
+    return np.concatenate(parts)[:count]
+
+
+def _set_scale(fitted: Any, features: np.ndarray, labels: np.ndarray) -> None:
+    """Fits the scale of the logits to features (N, 512) of images that the fit has not seen."""
+
+    @jax.jit
+    def evaluate(fitted, features):
+        # Not all at once: each takes 200 kB for each thousand classes.
+        return jax.lax.map(
+            lambda one: discriminate(fitted, one[None])[0], features, batch_size=IMAGES_AT_ONCE
+        )
+
+    fitted["discriminant"]["scale"] = fit_scale(evaluate(fitted, features), labels)
 
 
 def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) -> Any:

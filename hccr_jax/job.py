@@ -90,13 +90,8 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
-    if config.init_from and not resumes:
-        pretrained = load_pretrained(config.init_from, config)
-        network = start_from(network, train.classes, pretrained)
-        print(tell_start(train.classes, pretrained, config))
-    if config.model.mqdf_weight > 0.0 and not resumes:
-        second = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
-        network = dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": second})
+    if not resumes:
+        network = _start(network, config, train)
     teacher = None
     if config.teacher.checkpoint:
         teacher, form = _load_teacher(config, train)
@@ -166,6 +161,23 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     )
 
 
+def _start(network: Network, config: ConfigDict, train: Split) -> Network:
+    """Returns a network with all that it is to have before its first step."""
+    if config.init_from:
+        pretrained = load_pretrained(config.init_from, config)
+        network = start_from(network, train.classes, pretrained)
+        print(tell_start(train.classes, pretrained, config))
+    if config.model.mqdf_weight > 0.0:
+        network = _fit_second(network, train)
+    return network
+
+
+def _fit_second(network: Network, train: Split) -> Network:
+    """Returns a network whose classical recogniser beside it is fitted."""
+    fitted = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
+    return dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": fitted})
+
+
 def add_second(pretrained: Pretrained, weight: float) -> Pretrained:
     """Returns a trained network with the classical recogniser beside it, as if trained with it.
 
@@ -180,12 +192,10 @@ def add_second(pretrained: Pretrained, weight: float) -> Pretrained:
     config.model.mqdf_weight = weight
     train = load_training(config)
     check_classes(pretrained.classes, train.classes, pretrained.source)
-    old, network = pretrained.network, create_network(config, len(train.classes))
-    second = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
-    network = dataclasses.replace(
-        network, params=old.params, batch_stats=old.batch_stats | {"mqdf": second}
-    )
-    return dataclasses.replace(pretrained, config=config, network=network)
+    network = create_network(config, len(train.classes))
+    network = start_from(network, pretrained.classes, pretrained)
+    print(f"{pretrained.source}: MQDF is set beside the network, with weight {weight:g}")
+    return dataclasses.replace(pretrained, config=config, network=_fit_second(network, train))
 
 
 def _create_optimizer(

@@ -220,7 +220,7 @@ def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -
     print(network.summary)
     _write_augmented_sheet(job, workdir)
     start = time.monotonic()
-    params = fit_mqdf(network.params, network.apply, job.feed, total, job.augment, job.validation)
+    params = fit_mqdf(network.params, job.feed, total, job.augment, job.validation)
     seconds = time.monotonic() - start
     timeline.lap("fit")
     print(timeline)
