@@ -415,7 +415,12 @@ def check_resume(config: ConfigDict, path: Path) -> None:
         # With a cosine, or images that grow, the length of the run shapes every step of it.
         shapes = config.optimizer.schedule == "cosine" or config.progressive.start_px > 0
         bound |= key in ("num_steps", "num_epochs") and shapes
-        if bound and old.get(key) != value:
+        if bound and key not in old:
+            raise InputError(
+                f"config.{key}={value!r}: the run was started by a version of hccr_jax without "
+                f"this key ({path}): resume with that version or choose another --workdir"
+            )
+        if bound and old[key] != value:
             raise InputError(
                 f"config.{key}={value!r}, but the run was started with {old.get(key)!r} ({path}): "
                 f"resume with the old value or choose another --workdir"

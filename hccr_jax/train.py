@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from hccr_jax import config as config_lib
 from hccr_jax import plots, processes, sharding, sheets, signals, watchdog
@@ -291,7 +292,7 @@ def _compile(job: Job, side: int, state: TrainState, call: Call) -> Callable[...
     ).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    print(
+    tqdm.write(  # there may be a bar
         f"compiled for images of {side} px in {time.monotonic() - start:.1f} s; a step needs "
         f"{needs / 2**20:,.0f} MiB"
     )

@@ -161,9 +161,10 @@ def test_images_that_grow_suit_not_every_run() -> None:
     assert text == "config.progressive.start_px=64: must be below data.image_px=64"
     text = message("mqdf", progressive__start_px=32)
     assert text.endswith("mqdf takes images of one size alone; set it to 0")
-    text = message("v2_distilled", progressive__start_px=32)
+    taught = {"teacher__checkpoint": "runs/teacher", "progressive__start_px": 32}
+    text = message("v2", **taught)
     assert text.endswith("with --config.teacher.once=True it is asked about whole ones")
-    check(changed("v2_distilled", progressive__start_px=32, teacher__once=True))
+    check(changed("v2", **taught, teacher__once=True))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +284,16 @@ def test_resume_compares_with_the_saved_config(tmp_path: Path) -> None:
         old = dict(flatten(load("v2")))[key.replace("__", ".")]
         assert f"config.{key.replace('__', '.')}={value!r}" in str(caught.value)
         assert f"{old!r} ({path})" in str(caught.value)
+
+
+def test_a_run_of_an_older_version_is_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    old = load("v2")
+    with old.unlocked():
+        del old.model.mqdf_weight
+    config_lib.save(old, path)
+    with pytest.raises(InputError, match=r"config\.model\.mqdf_weight=0\.0: .* without this key"):
+        check_resume(load("v2"), path)
 
 
 def test_a_cosine_cannot_be_made_longer(tmp_path: Path) -> None:
