@@ -32,13 +32,6 @@ def get_config() -> ConfigDict:
     config.strict_determinism = False
     config.reduce_dtype = "float32"  # or "bfloat16": in which devices add up gradients
 
-    # Above 0, the network learns from smaller images first, which cost less: of so many pixels a
-    # side, and 16 more in each of the equal parts that follow in this share of the run; then of
-    # image_px. It is always evaluated on whole ones, so it reads badly until then.
-    config.progressive = ConfigDict()
-    config.progressive.start_px = 0
-    config.progressive.share = 0.7
-
     config.model = ConfigDict()
     config.model.name = "mobilenet_v2"
     config.model.width = 1.0

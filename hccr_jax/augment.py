@@ -9,7 +9,6 @@ import numpy as np
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
 NUM_DRAWS = 23
-Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S, S) → (B, S, S)
 IsMirrored = Callable[[jax.Array], jax.Array]
 ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
 
@@ -35,7 +34,7 @@ def make_augment(
     crop_min: float = 1.0,
     contrast: float = 0.0,
     brightness: float = 0.0,
-) -> Augment:
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the augmentation as a pure function of keys and images.
 
     The parts act in this order, composed into one matrix: transposition, flips, rotation, resize,
@@ -122,19 +121,6 @@ def make_augment(
         return warped
 
     return augment
-
-
-def make_smaller(augment: Augment, side_px: int) -> Augment:
-    """Returns an augmentation that hands on images of side_px, no larger than they were.
-
-    The result is resampled by a triangle kernel as wide as two pixels of it, so that thin strokes
-    turn grey and none is lost.
-    """
-
-    def smaller(keys: jax.Array, images: jax.Array) -> jax.Array:
-        return jax.image.resize(augment(keys, images), (len(images), side_px, side_px), "linear")
-
-    return smaller
 
 
 class Views(NamedTuple):

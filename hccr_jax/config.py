@@ -45,8 +45,6 @@ class Rule:
 _SHARE = Rule(float, 0, 1)
 _COUNT = Rule(int, 1)
 _TINY = 1e-12
-GROWTH_PX = 16  # of the images' side, from one part of a run to the next
-ONE_SIZE = ("lenet5", "alexnet", "mqdf")  # networks whose weights fit one size of image alone
 
 _MOBILENET = ("width", "stem_stride", "first_stride", "dropout_rate", "batch_norm_epsilon")
 # What each network takes of `config.model`. For one that does not take an option, the config must
@@ -80,8 +78,6 @@ RULES: dict[str, Rule] = {
     "skip_non_finite": Rule(bool),
     "strict_determinism": Rule(bool),
     "reduce_dtype": Rule(str, words=("float32", "bfloat16")),
-    "progressive.start_px": Rule(int, 0, 512),
-    "progressive.share": _SHARE,
     "model.name": Rule(str, words=tuple(MODEL_OPTIONS)),
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
@@ -184,24 +180,13 @@ FREE_ON_RESUME = (
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Lengths in steps, from a config and the number of training records.
-
-    Attributes:
-      total: of the run; per_epoch, warmup, decay: see the config.
-      eval_every: from one evaluation to the next.
-      stages: (step that ends it, side of its images) of each part of the run.
-    """
+    """Lengths in steps, from a config and the number of training records."""
 
     total: int
     per_epoch: int
     warmup: int
     decay: int
     eval_every: int
-    stages: tuple[tuple[int, int], ...]
-
-    def side_px(self, step: int) -> int:
-        """Returns the side of the images that the network learns from after so many steps."""
-        return next(side for end, side in self.stages if step < end)
 
     def evaluates(self, step: int) -> bool:
         """Returns whether the network is evaluated after so many steps."""
@@ -267,8 +252,6 @@ def check(config: ConfigDict) -> None:
             "config.loss.mirrored_unknown=True: goes with images mirrored anew in each epoch; set "
             "augment.once=False"
         )
-    if config.progressive.start_px > 0:
-        _check_progressive(config)
     if config.optimizer.name == "adam" and config.optimizer.weight_decay > 0:
         raise InputError(
             f"config.optimizer.weight_decay={config.optimizer.weight_decay:g}: adam has none; set "
@@ -284,24 +267,6 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"config.data.margin_px={config.data.margin_px}: must be below half of "
             f"data.image_px={config.data.image_px}"
-        )
-
-
-def _check_progressive(config: ConfigDict) -> None:
-    """Checks that the network can learn from smaller images first.
-
-    Raises:
-      InputError: names the key that stands against it.
-    """
-    key = f"config.progressive.start_px={config.progressive.start_px}"
-    if config.progressive.start_px >= config.data.image_px:
-        raise InputError(f"{key}: must be below data.image_px={config.data.image_px}")
-    if config.model.name in ONE_SIZE:
-        raise InputError(f"{key}: {config.model.name} takes images of one size alone; set it to 0")
-    if config.teacher.checkpoint and not config.teacher.once:
-        raise InputError(
-            f"{key}: a teacher would have to judge smaller images than it has learnt from; with "
-            f"--config.teacher.once=True it is asked about whole ones"
         )
 
 
@@ -382,17 +347,7 @@ def resolve(config: ConfigDict, num_records: int) -> Steps:
         warmup=steps(warmup) if warmup > 0 else 0,
         decay=steps(config.optimizer.decay_epochs),
         eval_every=config.eval.every_steps or steps(1.0),
-        stages=_stages(config, total),
     )
-
-
-def _stages(config: ConfigDict, total: int) -> tuple[tuple[int, int], ...]:
-    """Returns the step that ends it, and the side of its images, of each part of a run."""
-    start, whole = config.progressive.start_px, config.data.image_px
-    sides = range(start, whole, GROWTH_PX) if start > 0 else ()
-    steps = config.progressive.share * total
-    parts = [(round(steps * (n + 1) / len(sides)), side) for n, side in enumerate(sides)]
-    return (*parts, (total, whole))
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -412,9 +367,8 @@ def check_resume(config: ConfigDict, path: Path) -> None:
         raise InputError(f"{path}: damaged: {error}: choose another --workdir") from error
     for key, value in flatten(config):
         bound = not key.startswith(FREE_ON_RESUME)
-        # With a cosine, or images that grow, the length of the run shapes every step of it.
-        shapes = config.optimizer.schedule == "cosine" or config.progressive.start_px > 0
-        bound |= key in ("num_steps", "num_epochs") and shapes
+        # With a cosine the length of the run shapes every step of it.
+        bound |= key in ("num_steps", "num_epochs") and config.optimizer.schedule == "cosine"
         if bound and key not in old:
             raise InputError(
                 f"config.{key}={value!r}: the run was started by a version of hccr_jax without "

@@ -1,7 +1,6 @@
 """A config made concrete: its data, network and functions."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from hccr_jax import config as config_lib
 from hccr_jax import optim, processes, sharding
-from hccr_jax.augment import Augment, make_augment, make_is_mirrored, make_smaller
+from hccr_jax.augment import make_augment, make_is_mirrored
 from hccr_jax.checkpoint import check_classes
 from hccr_jax.config import Steps
 from hccr_jax.data.dataset import prepare_strokes
@@ -30,6 +29,7 @@ from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained, start_
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState, create_train_state
 from hccr_jax.train_step import (
+    Augment,
     make_logits_step,
     make_statistics_step,
     make_train_call,
@@ -52,10 +52,9 @@ class Job:
       steps: lengths of everything.
       augment: from `augment.make_augment`.
       schedule: learning rate by step.
-      train_calls: from `train_step`, by the side of the images that the network sees; jitted.
-      statistics_step: from `train_step`; jitted.
-      feed: the batches of the calls.
-      teachers: further arguments of the calls: none, or a teacher's (params, batch_stats).
+      train_call, statistics_step: from `train_step`; jitted.
+      feed: the batches of its calls.
+      teachers: further arguments of its calls: none, or a teacher's (params, batch_stats).
       initial: the state before the first step.
     """
 
@@ -67,7 +66,7 @@ class Job:
     steps: Steps
     augment: Augment
     schedule: Callable[[Any], Any]
-    train_calls: dict[int, Any]
+    train_call: Any
     feed: Feed
     teachers: tuple[Any, ...]
     statistics_step: Callable[..., Any]
@@ -108,11 +107,11 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     if config.augment.once:
         train = augment_once(train, augment, config.seed)
         augment = _leave
-    make_step = functools.partial(
-        make_train_step,
+    train_step = make_train_step(
         network.apply,
         optimizer,
-        mesh=network.mesh,
+        augment,
+        network.mesh,
         label_smoothing=config.loss.label_smoothing,
         noise_rate=config.loss.noise_rate,
         batch_norm_momentum=config.model.batch_norm_momentum,
@@ -128,8 +127,6 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         teacher_weight=config.teacher.weight,
         teacher_temperature=config.teacher.temperature,
     )
-    augments = {side: make_smaller(augment, side) for _, side in steps.stages}
-    augments[data.image_px] = augment
     longest = steps_per_call(config)
     placement = choose_placement(data.placement, train, network.mesh)
     feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
@@ -151,10 +148,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         steps=steps,
         augment=augment,
         schedule=schedule,
-        train_calls={
-            side: make_train_call(make_step(augment=seen), feed.pick, longest)
-            for side, seen in augments.items()
-        },
+        train_call=make_train_call(train_step, feed.pick, longest),
         feed=feed,
         teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
         statistics_step=make_statistics_step(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hccr_jax import config as config_lib
 from hccr_jax import plots, processes, sharding, sheets, signals, watchdog
@@ -123,10 +122,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
         return
     if processes.is_first():
         (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
-    calls = _calls(job, step)
-    timeline.lap("first batch")
-    _tell(job)
-    side = 0
+    calls, train_call = _prepare(job, state, timeline)
     pending: list[dict[str, jax.Array]] = []
     with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as asked:
         leaves = sharding.make_any_process(asked, job.network.mesh)
@@ -134,15 +130,8 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
         if owes_scores and not keep(step, state, True):
             sys.exit(signals.EXIT_CODE)
         logged, clock, is_first = step, time.monotonic(), True
+        watchdog.beat("the first call", watchdog.SLOW)
         for call in calls:
-            if side != steps.side_px(step):
-                start, side = time.monotonic(), steps.side_px(step)
-                watchdog.beat("compiling", watchdog.SLOW)
-                train_call = _compile(job, side, state, call)
-                if is_first:
-                    timeline.lap("compile")
-                watchdog.beat(f"the call after step {step:,}", watchdog.SLOW)
-                clock += time.monotonic() - start  # no part of the images a second
             state, sums = train_call(state, np.int32(call.num_steps), call.arrays, *job.teachers)
             if is_first:
                 is_first = False
@@ -151,7 +140,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
                 print(timeline)
                 start = time.monotonic()
                 _write_augmented_sheet(job, workdir)
-                clock += time.monotonic() - start
+                clock += time.monotonic() - start  # no part of the images a second
             step += call.num_steps
             jax.block_until_ready(pending[-1:])  # the host is one call ahead, no more
             pending.append(sums)
@@ -206,18 +195,21 @@ def _is_old(picture: Path) -> bool:
     return not picture.is_file() or time.time() - picture.stat().st_mtime > REDRAW_SECONDS
 
 
-def _calls(job: Job, step: int) -> Iterator[Call]:
-    """Returns the calls that are left after a step; the first one's batches are read."""
+def _prepare(
+    job: Job, state: TrainState, timeline: Timeline
+) -> tuple[Iterator[Call], Callable[..., Any]]:
+    """Returns the calls that are left, and the compiled training program."""
     config, steps = job.config, job.steps
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
-    lengths: list[int] = []
-    for end, _ in steps.stages:
-        first = step + sum(lengths)
-        lengths += call_lengths(first, end, job.feed.longest, every)
+    lengths = list(call_lengths(int(state.step), steps.total, job.feed.longest, every))
     if not lengths:
-        return iter(())
-    calls = job.feed.calls(step, lengths)
-    return itertools.chain([next(calls)], calls)
+        return iter(()), job.train_call
+    calls = job.feed.calls(int(state.step), lengths)
+    head = next(calls)
+    timeline.lap("first batch")
+    train_call = _compile(job, state, head)
+    timeline.lap("compile")
+    return itertools.chain([head], calls), train_call
 
 
 def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
@@ -270,8 +262,8 @@ def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
     return TrainState(seed=job.initial.seed, **params, **items["progress"])
 
 
-def _tell(job: Job) -> None:
-    """Says what the run is."""
+def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
+    """Compiles the training program ahead of the loop and says what the run is and needs."""
     config = job.config
     print(job.network.summary)
     print(
@@ -281,21 +273,13 @@ def _tell(job: Job) -> None:
         f"{job.network.mesh.size} × {jax.devices()[0].device_kind}, "
         f"{job.feed.longest} a call, data: {job.feed.name}"
     )
-
-
-def _compile(job: Job, side: int, state: TrainState, call: Call) -> Callable[..., Any]:
-    """Compiles the training program for images of a side and says what it needs."""
     start = time.monotonic()
-    train_call = job.train_calls[side]
-    compiled = train_call.lower(
+    compiled = job.train_call.lower(
         state, np.int32(call.num_steps), call.arrays, *job.teachers
     ).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    tqdm.write(  # there may be a bar
-        f"compiled for images of {side} px in {time.monotonic() - start:.1f} s; a step needs "
-        f"{needs / 2**20:,.0f} MiB"
-    )
+    print(f"compiled in {time.monotonic() - start:.1f} s; a step needs {needs / 2**20:,.0f} MiB")
     return compiled
 
 

@@ -13,13 +13,14 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax import losses, sharding
-from hccr_jax.augment import Augment, IsMirrored, Views, warp
+from hccr_jax.augment import IsMirrored, Views, warp
 from hccr_jax.models.registry import Apply
 from hccr_jax.sharding import DATA_AXIS
 from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, stream_key
 
 NEVER = 2**31 - 1
 
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S, S) → (B, S, S)
 Metrics = dict[str, jax.Array]
 
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage
 
 from hccr_jax.augment import (
@@ -15,7 +14,6 @@ from hccr_jax.augment import (
     ink_extents,
     make_augment,
     make_is_mirrored,
-    make_smaller,
     rotation_matrix,
     warp,
 )
@@ -285,15 +283,6 @@ def test_views_turn_zoom_and_mirror(count, flips):
     if flips:  # a mirrored image is seen under the same views
         for mirror in (np.diag([-1, 1]), np.diag([1, -1]), -np.eye(2)):
             assert as_set(views @ mirror) == as_set(views)
-
-
-@pytest.mark.parametrize("side", [16, 32, 48])
-def test_smaller_images_are_those_of_pillow(side):
-    images = np.random.default_rng(2).random((4, SIZE, SIZE), np.float32)
-    augment = make_smaller(lambda keys, images: 1.0 - images, side)
-    for image, ours in zip(images, augment(keys(4), jnp.array(images)), strict=True):
-        other = Image.fromarray(1.0 - image).resize((side, side), Image.Resampling.BILINEAR)
-        np.testing.assert_allclose(ours, other, atol=1e-5)
 
 
 def test_mirrored_images_are_known_by_their_keys():

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import itertools
 import json
 import math
 from pathlib import Path
@@ -121,8 +120,7 @@ def test_options_are_those_of_the_networks_classes() -> None:
 def test_the_papers_step_counts() -> None:
     # jackluchen/MobileNet_HCCR: decay_steps = int(897758 / 256 * 2.5), 160,000 steps.
     steps = resolve(load("v2"), PAPER_RECORDS)
-    lengths = {"total": 160_000, "per_epoch": 3506, "warmup": 0, "decay": 8767}
-    assert steps == Steps(**lengths, eval_every=3506, stages=((160_000, 64),))
+    assert steps == Steps(total=160_000, per_epoch=3506, warmup=0, decay=8767, eval_every=3506)
     assert load("v2").batch_size == PAPER_BATCH
     # "45.6 epochs" of 160,000 steps.
     assert round(steps.total * PAPER_BATCH / PAPER_RECORDS, 1) == 45.6
@@ -134,37 +132,6 @@ def test_epochs_become_steps_rounded_down() -> None:
     assert resolve(config, 99).total == math.floor(9.9 * 1.5) == 14
     assert resolve(config, 99).warmup == 4
     assert resolve(config, 10).warmup == 1, "a warm-up that was asked for has at least one step"
-
-
-@pytest.mark.parametrize(
-    ("start_px", "share", "stages"),
-    [
-        (32, 0.7, ((35, 32), (70, 48), (100, 64))),
-        (24, 0.6, ((20, 24), (40, 40), (60, 56), (100, 64))),
-        (48, 1.0, ((100, 48), (100, 64))),
-        (0, 0.7, ((100, 64),)),
-    ],
-)
-def test_images_grow_by_16_px_in_equal_parts(start_px, share, stages) -> None:
-    config = changed("hwdb100", num_epochs=10.0, batch_size=10)
-    config.progressive.start_px, config.progressive.share = start_px, share
-    steps = resolve(config, 100)
-    assert steps.stages == stages
-    sides = [steps.side_px(step) for step in range(100)]
-    ends = [0, *(end for end, _ in stages)]
-    for (before, end), (_, side) in zip(itertools.pairwise(ends), stages, strict=True):
-        assert sides[before:end] == [side] * (end - before)
-
-
-def test_images_that_grow_suit_not_every_run() -> None:
-    text = message("hwdb100", progressive__start_px=64)
-    assert text == "config.progressive.start_px=64: must be below data.image_px=64"
-    text = message("mqdf", progressive__start_px=32)
-    assert text.endswith("mqdf takes images of one size alone; set it to 0")
-    taught = {"teacher__checkpoint": "runs/teacher", "progressive__start_px": 32}
-    text = message("v2", **taught)
-    assert text.endswith("with --config.teacher.once=True it is asked about whole ones")
-    check(changed("v2", **taught, teacher__once=True))
 
 
 @pytest.mark.parametrize(
@@ -302,13 +269,6 @@ def test_a_cosine_cannot_be_made_longer(tmp_path: Path) -> None:
     check_resume(changed("hwdb100", log_every_steps=7), path)
     with pytest.raises(InputError, match=r"config\.num_epochs=30\.0, .* started with 15\.0"):
         check_resume(changed("hwdb100", num_epochs=30.0), path)
-
-
-def test_a_run_whose_images_grow_cannot_be_made_longer(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    config_lib.save(changed("v2", progressive__start_px=32), path)
-    with pytest.raises(InputError, match=r"config\.num_steps=170000, .* started with 160000"):
-        check_resume(changed("v2", progressive__start_px=32, num_steps=170_000), path)
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": 0', "seed = 0"])

@@ -233,7 +233,7 @@ def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     by_label = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
     away = 9.0 * entropy(softmax(answer / 3, axis=1), softmax(logits / 3, axis=1), axis=1)
     assert away.mean() > 1e-3
-    _, sums = job.train_calls[32](job.initial, np.int32(1), call.arrays, *job.teachers)
+    _, sums = job.train_call(job.initial, np.int32(1), call.arrays, *job.teachers)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
 
 
@@ -274,5 +274,5 @@ def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
     )(inputs)
     answer, logits = (np.asarray(x, np.float64) / 3 for x in (answer, logits))
     away = 9.0 * entropy(softmax(answer, axis=1), softmax(logits, axis=1), axis=1)
-    _, sums = job.train_calls[32](job.initial, np.int32(1), call.arrays)
+    _, sums = job.train_call(job.initial, np.int32(1), call.arrays)
     np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # answers of half precision

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 from runs import EVERY_STEP, assert_same_checkpoint, rows, saved, steps_saved, stop
-from scipy.special import log_softmax
 
 from hccr_jax import main
 from hccr_jax.data.order import batch_rows
@@ -217,36 +215,6 @@ def test_resumed_run_keeps_its_average_bit_for_bit(train: Train) -> None:
             exact = keep * before[name].astype(np.float64) + (1 - keep) * moving
             np.testing.assert_allclose(after[name], exact, atol=1e-6)
             assert before[name].size == 1 or (after[name] != moving).any()
-
-
-def test_a_run_whose_images_grow_resumes_bit_for_bit(train: Train) -> None:
-    flags = ("--config.progressive.start_px=16", "--config.progressive.share=0.5", *EVERY_STEP)
-    unbroken, resumed = train(4, *flags), train(4, *flags)
-    for step in (2, 3, 4):  # as if it had been stopped while the images are small
-        shutil.rmtree(resumed / "checkpoints" / str(step))
-    train(4, *flags, workdir=resumed)
-    for step in (2, 3, 4):
-        assert_same_checkpoint(resumed, unbroken, step)
-
-
-def test_the_network_learns_from_smaller_images_first(tiny_job: list[str]) -> None:
-    flags = ["--config.progressive.start_px=16", "--config.model.dropout_rate=0.0"]
-    job = create_job(main.parse(["main", *tiny_job, *flags]).config, Timeline())
-    assert job.steps.stages == ((6, 16), (8, 32))
-    (call,) = job.feed.calls(0, [1])
-    images, labels = map(np.asarray, job.feed.pick(call.arrays, 0))
-    keys = row_keys(0, AUGMENT, jnp.int32(0), len(labels))
-    inputs = np.asarray(jax.jit(job.augment)(keys, to_float(jnp.array(images))))
-    network = job.network
-    apply = jax.jit(lambda x: network.apply(network.params, network.batch_stats, x, True)[0])
-    for side in (16, 32):
-        size, kernel = (side, side), Image.Resampling.BILINEAR
-        seen = np.stack([Image.fromarray(image).resize(size, kernel) for image in inputs])
-        logits = np.asarray(apply(seen[..., None]), np.float64)
-        losses = -log_softmax(logits, axis=1)[range(len(labels)), labels]
-        state = jax.tree.map(jnp.copy, job.initial)
-        _, sums = job.train_calls[side](state, np.int32(1), call.arrays)
-        np.testing.assert_allclose(sums["loss"], losses.mean(), rtol=1e-4)
 
 
 def test_finished_run_is_evaluated_again_without_a_step(finished: Path, train: Train) -> None:

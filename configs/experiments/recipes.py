@@ -52,7 +52,6 @@ NAMES = {
     "Network": {
         "stem_stride_1": "stem of stride 1",
         "first_stride_1": "first stride 1",
-        "progressive": "stem of stride 1, images that grow from 32 px",
         "width_100": "width 1",
         "width_035": "width 0.35",
         "narrow_head": "head of 576 channels",
@@ -120,7 +119,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "larger_input": {"data.image_px": 96, "data.margin_px": 6},
     "stem_stride_1": {"model.stem_stride": 1},
     "first_stride_1": {"model.first_stride": 1},
-    "progressive": {"model.stem_stride": 1, "progressive.start_px": 32},
     "width_100": {"model.width": 1.0},
     "width_035": {"model.width": 0.35},
     "narrow_head": {"model.head_channels": 576},
