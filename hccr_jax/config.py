@@ -369,13 +369,14 @@ def check_resume(config: ConfigDict, path: Path) -> None:
         bound = not key.startswith(FREE_ON_RESUME)
         # With a cosine the length of the run shapes every step of it.
         bound |= key in ("num_steps", "num_epochs") and config.optimizer.schedule == "cosine"
-        if bound and key not in old:
+        if not bound or old.get(key) == value:
+            continue
+        if key not in old:
             raise InputError(
                 f"config.{key}={value!r}: the run was started by a version of hccr_jax without "
                 f"this key ({path}): resume with that version or choose another --workdir"
             )
-        if bound and old[key] != value:
-            raise InputError(
-                f"config.{key}={value!r}, but the run was started with {old.get(key)!r} ({path}): "
-                f"resume with the old value or choose another --workdir"
-            )
+        raise InputError(
+            f"config.{key}={value!r}, but the run was started with {old[key]!r} ({path}): "
+            f"resume with the old value or choose another --workdir"
+        )
