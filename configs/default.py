@@ -115,7 +115,7 @@ def get_config() -> ConfigDict:
     config.teacher.temperature = 1.0
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"
+    config.optimizer.name = "adam"  # or "adamw", "muon", "sgd"
     config.optimizer.learning_rate = 1e-3
     # At another batch size the rate is multiplied by (batch_size / reference)^(0, ½ or 1).
     config.optimizer.batch_rule = "none"  # or "sqrt" (for Adam), "linear" (for SGD)

@@ -135,7 +135,7 @@ RULES: dict[str, Rule] = {
     "teacher.once": Rule(bool),
     "teacher.weight": _SHARE,
     "teacher.temperature": Rule(float, 0.1, 100),
-    "optimizer.name": Rule(str, words=("adam", "adamw", "sgd")),
+    "optimizer.name": Rule(str, words=("adam", "adamw", "muon", "sgd")),
     "optimizer.learning_rate": Rule(float, _TINY, 1000),
     "optimizer.batch_rule": Rule(str, words=("none", "sqrt", "linear")),
     "optimizer.reference_batch_size": _COUNT,

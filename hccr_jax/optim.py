@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULES = ("exponential", "cosine", "constant")
 BATCH_RULES = ("none", "sqrt", "linear")
+MUON_RMS = 0.8  # of the change of a convolution's weights, in units of the learning rate
 
 
 def batch_factor(rule: str, batch_size: int, reference_batch_size: int) -> float:
@@ -86,21 +88,45 @@ def make_optimizer(
     """Returns the optimiser.
 
     Args:
-      name: "adam", "adamw" or "sgd" (Nesterov momentum beta1).
+      name: "adam", "adamw", "sgd" (Nesterov momentum beta1) or "muon": the weights of a convolution
+        of full depth, a matrix, change by the orthogonal matrix nearest to their momentum, all
+        others as with "adamw".
       schedule: learning rate by step.
       beta1, beta2, epsilon: of Adam.
-      weight_decay: decoupled, of "adamw" and "sgd"; batch norm and biases (vectors) are spared.
+      weight_decay: decoupled, of all but "adam"; batch norm and biases (vectors) are spared.
       clip_norm: largest global norm of the gradient; 0 leaves it alone.
+
+    Source: Muon: https://kellerjordan.github.io/posts/muon/; changes of one size for any shape:
+    https://arxiv.org/abs/2502.16982.
     """
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     decay = optax.add_decayed_weights(weight_decay, mask=_matrices) if weight_decay > 0 else None
     if name == "sgd":
         steps = [decay] * (decay is not None) + [optax.trace(beta1, nesterov=True)]
     else:
-        steps = [optax.scale_by_adam(beta1, beta2, epsilon)]
-        steps += [decay] * (name == "adamw" and decay is not None)
+        adam = optax.scale_by_adam(beta1, beta2, epsilon)
+        steps = [_muon_or(adam) if name == "muon" else adam]
+        steps += [decay] * (name != "adam" and decay is not None)
     return optax.chain(*clip, *steps, optax.scale_by_learning_rate(schedule))
 
 
 def _matrices(params: Mapping[str, Any]) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _muon_or(other: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns Muon for the weights (h, w, inputs, outputs) of convolutions, else the other."""
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
+    muon = contrib.scale_by_muon(
+        weight_dimension_numbers=lambda params: jax.tree.map(lambda leaf: matrix, params)
+    )
+
+    def to_rms(update: jax.Array, _: Any) -> jax.Array:
+        outputs = update.shape[3]
+        return update * (MUON_RMS * max(outputs, update.size // outputs) ** 0.5)
+
+    def label(params: Mapping[str, Any]) -> Any:
+        return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 4 else "other", params)
+
+    muon = optax.chain(muon, optax.stateless_with_tree_map(to_rms))
+    return optax.partition({"muon": muon, "other": other}, label)

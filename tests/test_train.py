@@ -199,10 +199,10 @@ def test_neither_placement_nor_the_ends_of_calls_change_a_bit(finished: Path, tr
     assert means[0]["train/loss"] == pytest.approx(np.mean(every[:4]), rel=1e-3)
 
 
-def test_resumed_run_keeps_its_average_bit_for_bit(train: Train) -> None:
-    flag = "--config.optimizer.average_decay=0.3"
-    unbroken, resumed = train(5, flag, *EVERY_STEP), train(3, flag)
-    train(5, flag, workdir=resumed)
+def test_resumed_run_keeps_momentum_and_average_bit_for_bit(train: Train) -> None:
+    flags = "--config.optimizer.name=muon", "--config.optimizer.average_decay=0.3"
+    unbroken, resumed = train(5, *flags, *EVERY_STEP), train(3, *flags)
+    train(5, *flags, workdir=resumed)
     for step in (4, 5):
         assert_same_checkpoint(resumed, unbroken, step)
     # What is evaluated and handed on is the average; the weights that move on are kept beside it.
