@@ -1,7 +1,7 @@
-"""Simulated writers of all 3,755 characters: weights for `configs/v2_best.py` to start from.
+"""Simulated writers of all 3,755 characters: weights for other runs to start from.
 
   python -m hccr_jax.main --config=configs/strokes.py
-  python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
+  python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
 
 Measured on 2 to 4 cores (AMD EPYC with AVX-512, float32, shared with other work), seed 0: 60 min,
 the making of the data (10 min) not included; top-1 77.97 %, top-5 93.90 % on 4 simulated writers

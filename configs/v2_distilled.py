@@ -19,15 +19,16 @@ def get_config() -> ConfigDict:
     config = v2_best.get_config()
     config.num_epochs = 28.0
     config.batch_size = 256
-    config.init_from = ""
     config.model.width = 1.0
-    config.model.mqdf_weight = 0.5
+    config.model.dropout_rate = 0.3
     config.teacher.checkpoint = "runs/teacher"
     config.teacher.weight = 0.7
     config.teacher.temperature = 2.0
     config.augment.elastic_px = 2.5
     config.augment.erase_prob = 0.3
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.05
     config.eval.batch_size = 1280
     config.eval.every_steps = 1400
     return config

@@ -9,9 +9,11 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
 cd -- "$root"
 
-marks=(-m "not slow and not faults and not figures")
+options=(-m "not slow and not faults and not figures")
 for argument in "$@"; do
-  [[ "$argument" != -m* ]] || marks=()
+  [[ "$argument" != -m* ]] || options=()
 done
+# All of it in two processes at once: most of its time goes into compiling on one core.
+(($#)) || options+=(-n 2 --dist loadfile)
 # The odd expansion: before bash 4.4 an empty array counts as unset.
-exec "$python" -m pytest ${marks[@]+"${marks[@]}"} "$@"
+exec "$python" -m pytest ${options[@]+"${options[@]}"} "$@"

@@ -28,7 +28,7 @@ def start(flags: list[str], workdir: Path, devices: int | None = None) -> subpro
 
 
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -78,7 +78,7 @@ def stop(number: signal.Signals, flags: list[str], workdir: Path, ready: Callabl
     try:
         wait_for(process, ready)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode

@@ -56,7 +56,7 @@ def address(recognizer: Recognizer) -> Iterator[tuple[str, int]]:
 def request(
     address: tuple[str, int], method: str, path: str, body=None, **headers: str
 ) -> tuple[int, str, bytes]:
-    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection = http.client.HTTPConnection(*address, timeout=300)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, named)
     response = connection.getresponse()
@@ -365,7 +365,7 @@ def test_the_command_serves_until_it_is_interrupted(finished: Path):
         assert found, process.communicate()
         assert request(("127.0.0.1", int(found[1])), "GET", "/")[0] == 200
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, errors

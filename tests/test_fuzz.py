@@ -210,7 +210,7 @@ except InputError as error:
 
 def read_with_little_memory(path: Path) -> str:
     command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stderr == ""
     return done.stdout.strip()
 
@@ -257,7 +257,7 @@ def test_bombs_are_refused_by_name_in_little_memory(
     path = tmp_path / "HWDB1.1trn_gnt.zip"
     write_bomb(path, kind)
     command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stderr == ""
     assert message in done.stdout
     assert done.stdout.count("\n") == 1

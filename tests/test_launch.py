@@ -47,7 +47,7 @@ def test_local_passes_a_signal_on_and_all_processes_stop_at_the_same_step(
     try:
         wait_for(process, lambda: bool(rows(tmp_path)))
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=300)[1]
     finally:
         process.kill()
     assert process.returncode == 143, said

@@ -43,7 +43,7 @@ def start_group(
     ]  # fmt: skip
 
 
-def finish(group: list[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str, str]]:
+def finish(group: list[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
     """Waits for all and returns their exit codes, outputs and messages."""
     try:
         said = [process.communicate(timeout=timeout) for process in group]

@@ -106,13 +106,13 @@ def stop(file: Path, number: signal.Signals, *, group: bool) -> int:
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     metrics = file.parent / "runs" / "long-seed3" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         (os.killpg if group else os.kill)(process.pid, number)
-        return process.wait(timeout=60)
+        return process.wait(timeout=300)
     finally:
         process.kill()
 
