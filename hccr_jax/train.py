@@ -90,8 +90,9 @@ def evaluate_checkpoint(
     """Evaluates a run's best checkpoint on the test split.
 
     Args:
-      config: tells the data; the network and the images' size are the checkpoint's own. Where that
-        has no classical recogniser beside it, `model.mqdf_weight` adds one.
+      config: tells the data; the network and the images' size are the checkpoint's own, but a
+        `model.mqdf_weight` above 0 is taken from here, and adds the classical recogniser where the
+        network has none beside it.
       workdir: gets eval.json, plots/ and report.html.
       checkpoint: folder of checkpoints, or of a run; None for the workdir's own.
 
@@ -104,7 +105,7 @@ def evaluate_checkpoint(
     check_writable(workdir)
     config_lib.check_devices(config, jax.device_count())
     pretrained = load_pretrained(checkpoint or workdir, config)
-    if config.model.mqdf_weight > 0.0 and pretrained.config.model.mqdf_weight == 0.0:
+    if config.model.mqdf_weight not in (0.0, pretrained.config.model.mqdf_weight):
         pretrained = add_second(pretrained, config.model.mqdf_weight)
     split = load(pretrained.config, config.data.test_split)
     with _writing(workdir):

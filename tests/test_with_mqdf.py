@@ -142,6 +142,20 @@ def test_a_finished_run_is_evaluated_with_it_as_if_trained_with_it(
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
+def test_a_weight_that_an_evaluation_names_is_taken(
+    both: Path, finished: Path, tiny_job: list[str], tmp_path: Path
+) -> None:
+    losses = [json.loads((both / "eval.json").read_text())["loss"]]
+    for run in (both, finished):
+        flags = [f"--config.model.mqdf_weight={WEIGHT / 4}", "--mode=eval", f"--checkpoint={run}"]
+        workdir = tmp_path / run.name
+        assert main.main(["main", *tiny_job, *flags, f"--workdir={workdir}"]) == 0
+        losses.append(json.loads((workdir / "eval.json").read_text())["loss"])
+    trained_with, named, added = losses
+    assert named == pytest.approx(added, rel=1e-6)
+    assert abs(named - trained_with) > 0.01
+
+
 def test_a_run_goes_on_with_what_it_has_fitted(
     train: Callable[..., Path], both: Path, tmp_path: Path
 ) -> None:
