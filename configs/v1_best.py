@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 24.0
     config.model.name = "mobilenet_v1"
     config.model.width = 0.5
+    config.model.mqdf_weight = 0.5
     config.model.dropout_rate = 0.3
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
@@ -117,7 +117,7 @@ def write_robustness(workdir: str | Path, curves: Mapping[str, Any]) -> Path:
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     title = f"Accuracy on distorted images ({curves['images']:,} at each point)"
     panels[0].set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK)
-    panels[0].legend(fontsize=12, frameon=False, labelcolor=INK)
+    panels[0].legend(loc="lower center", fontsize=12, frameon=False, labelcolor=INK)
     return save(figure, workdir, "robustness")
 
 
@@ -161,7 +161,7 @@ def write_rejection(
         _dress(axes)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.legend(fontsize=12, frameon=False, labelcolor=INK)
+        axes.legend(loc="center right", fontsize=12, frameon=False, labelcolor=INK)
     return save(figure, workdir, "rejection")
 
 
@@ -259,7 +259,11 @@ def _curve_figure(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]]) 
     axes.set_xlabel("step", fontsize=13, color=QUIET)
     _dress(axes)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(fontsize=12, frameon=False, labelcolor=INK)
+        # A place of its own: the search for the best one warns where it takes a second.
+        place: Literal["lower right", "upper right"] = (
+            "lower right" if title == "Accuracy" else "upper right"
+        )
+        axes.legend(loc=place, fontsize=12, frameon=False, labelcolor=INK)
     return figure
 
 
