@@ -161,7 +161,8 @@ def write_rejection(
         _dress(axes)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.legend(loc="center right", fontsize=12, frameon=False, labelcolor=INK)
+    panels[0].legend(loc="lower right", fontsize=12, frameon=False, labelcolor=INK)
+    panels[1].legend(loc="upper left", fontsize=12, frameon=False, labelcolor=INK)
     return save(figure, workdir, "rejection")
 
 
