@@ -63,7 +63,7 @@ from hccr_jax.formats.folded import fold
 from hccr_jax.job import load
 from hccr_jax.models.registry import split_model
 from hccr_jax.network import create_module
-from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained, without_second
+from hccr_jax.pretrained import NORMAL_FORM, Pretrained, load_pretrained, weigh_second
 from hccr_jax.startup import prepare_process
 from hccr_jax.train_step import to_float
 
@@ -363,7 +363,7 @@ def _run(values: flags.FlagValues) -> int:
     output = Path(values.output).expanduser()
     pretrained = load_pretrained(values.checkpoint)
     if pretrained.config.model.mqdf_weight > 0.0:
-        pretrained = without_second(pretrained)
+        pretrained = weigh_second(pretrained, 0.0)
         print("the network alone: no file holds the classical recogniser beside it")
     config = pretrained.config
     if values.data_dir:

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -260,11 +260,11 @@ def _curve_figure(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]]) 
     axes.set_xlabel("step", fontsize=13, color=QUIET)
     _dress(axes)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        # A place of its own: the search for the best one warns where it takes a second.
-        place: Literal["lower right", "upper right"] = (
-            "lower right" if title == "Accuracy" else "upper right"
-        )
-        axes.legend(loc=place, fontsize=12, frameon=False, labelcolor=INK)
+        # Matplotlib's search for the best place warns where it takes a second.
+        axes.legend(
+            loc="lower right" if title == "Accuracy" else "upper right",
+            fontsize=12, frameon=False, labelcolor=INK,
+        )  # fmt: skip
     return figure
 
 

@@ -146,14 +146,20 @@ def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained)
     return dataclasses.replace(network, params=params, batch_stats=network.batch_stats | own)
 
 
-def without_second(pretrained: Pretrained) -> Pretrained:
-    """Returns the network without the classical recogniser beside it."""
+def weigh_second(pretrained: Pretrained, weight: float) -> Pretrained:
+    """Returns a network with another weight of the classical recogniser that it has beside it.
+
+    Args:
+      pretrained: a network with it.
+      weight: 0 for the network alone.
+    """
     config = pretrained.config.copy_and_resolve_references()
-    config.model.mqdf_weight = 0.0
+    config.model.mqdf_weight = weight
+    statistics = pretrained.network.batch_stats
     network = dataclasses.replace(
         create_network(config, len(pretrained.classes)),
         params=pretrained.network.params,
-        batch_stats=without_mqdf(pretrained.network.batch_stats),
+        batch_stats=statistics if weight > 0.0 else without_mqdf(statistics),
     )
     return dataclasses.replace(pretrained, config=config, network=network)
 

@@ -27,7 +27,7 @@ from hccr_jax.files import replace_text
 from hccr_jax.fit import fit_mqdf
 from hccr_jax.job import Job, add_second, create_job, load
 from hccr_jax.metrics import MetricsWriter
-from hccr_jax.pretrained import find_checkpoints, load_pretrained
+from hccr_jax.pretrained import find_checkpoints, load_pretrained, weigh_second
 from hccr_jax.startup import Timeline
 from hccr_jax.train_state import AUGMENT, TrainState
 from hccr_jax.train_step import NEVER, row_keys, to_float
@@ -105,8 +105,12 @@ def evaluate_checkpoint(
     check_writable(workdir)
     config_lib.check_devices(config, jax.device_count())
     pretrained = load_pretrained(checkpoint or workdir, config)
-    if config.model.mqdf_weight not in (0.0, pretrained.config.model.mqdf_weight):
-        pretrained = add_second(pretrained, config.model.mqdf_weight)
+    weight, own = config.model.mqdf_weight, pretrained.config.model.mqdf_weight
+    if weight > 0.0 and own == 0.0:
+        pretrained = add_second(pretrained, weight)
+    elif weight not in (0.0, own):
+        print(f"{pretrained.source}: MQDF has the weight {weight:g} instead of {own:g}")
+        pretrained = weigh_second(pretrained, weight)
     split = load(pretrained.config, config.data.test_split)
     with _writing(workdir):
         return assess(pretrained, split, workdir)

@@ -19,7 +19,7 @@ from hccr_jax.job import load
 from hccr_jax.models import mqdf
 from hccr_jax.models.registry import create_model, expose_features, split_model
 from hccr_jax.network import create_network
-from hccr_jax.pretrained import Pretrained, load_pretrained, start_from, without_second
+from hccr_jax.pretrained import Pretrained, load_pretrained, start_from, weigh_second
 from hccr_jax.recognizer import Recognizer
 from hccr_jax.sharding import create_mesh
 from hccr_jax.train_step import to_float
@@ -73,7 +73,7 @@ def test_training_is_that_of_the_network_alone_to_the_bit(both: Path, finished: 
 def test_log_probabilities_are_added(pretrained: Pretrained, finished: Path) -> None:
     images = load(pretrained.config, "test").images[:9]
     alone = answers(load_pretrained(finished), images).astype(np.float64)
-    np.testing.assert_allclose(answers(without_second(pretrained), images), alone, atol=1e-5)
+    np.testing.assert_allclose(answers(weigh_second(pretrained, 0.0), images), alone, atol=1e-5)
 
     apply, _, _ = split_model(create_model("mqdf", num_classes=8, rngs=None))
     fitted = pretrained.network.batch_stats["mqdf"]
@@ -90,7 +90,7 @@ def test_features_come_after_the_logits(pretrained: Pretrained) -> None:
     exposed, _ = network.apply(expose_features(network.params), network.batch_stats, seen)
     np.testing.assert_allclose(exposed[:, :8], logits, atol=1e-5)
     weight, bias = (network.params["classifier"][name] for name in ("weight", "bias"))
-    own, _ = without_second(pretrained).network.apply(
+    own, _ = weigh_second(pretrained, 0.0).network.apply(
         network.params, {k: v for k, v in network.batch_stats.items() if k != "mqdf"}, seen
     )
     np.testing.assert_allclose(exposed[:, 8:] @ weight + bias[None], own, atol=1e-4)
