@@ -17,7 +17,7 @@ was wrong, 143 stopped by a signal.
 import pathlib
 import sys
 
-from hccr_jax.startup import Timeline, prepare_process
+from hccr_jax.startup import Timeline, keep_memory, prepare_process
 
 timeline = Timeline()  # the other imports take time: the clock starts before them
 
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()  # before the thread that listens for signals
     signals.install()
     code = main(sys.argv)
     if "hccr_jax.processes" in sys.modules:

@@ -1,5 +1,6 @@
 """A process before its first step: settings that must come before JAX starts, and a stopwatch."""
 
+import ctypes
 import os
 import time
 
@@ -32,6 +33,7 @@ def prepare_process() -> None:
     Compiled programs are kept in ~/.cache/hccr_jax/compiled, or where JAX_COMPILATION_CACHE_DIR
     says; JAX_ENABLE_COMPILATION_CACHE=false keeps none. To be called before JAX runs anything.
     """
+    keep_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # The threads of SciPy's BLAS, which JAX calls for eigenvectors on a CPU, wait in busy loops:
     # where other work shares the cores, these make it a hundred times slower.
@@ -41,8 +43,40 @@ def prepare_process() -> None:
 
     from hccr_jax.ops import native
 
-    native.keep_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(native.cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory in the process, on huge pages; does nothing elsewhere.
+
+    XLA allocates a step's working memory, hundreds of megabytes, anew each step. By default glibc
+    maps it from the kernel and gives it back every time, and every page is cleared again on its
+    first touch; and ordinary pages are so small that finding them takes a share of the time. To be
+    called before the process starts its first thread: where one has a heap of its own, JAX's
+    threads come to use it too, and such a heap maps large blocks whatever it is told.
+    """
+    if os.name != "posix":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
+    libc.mallopt(m_arena_max, 1)
+    _use_huge_pages(libc)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Grows the heap, in addresses and not yet in memory, and asks for huge pages there."""
+    size, huge_page, madv_hugepage = 2**31, 2**21, 14
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block is None:
+        return
+    start = (block + huge_page - 1) // huge_page * huge_page
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), madv_hugepage)
+    libc.free(ctypes.c_void_p(block))

@@ -1,4 +1,4 @@
-"""Builds and registers the CPU kernels of `cpu_kernels.cc`, and keeps memory warm between steps.
+"""Builds and registers the CPU kernels of `cpu_kernels.cc`.
 
 The kernels are compiled once for the machine they run on (a few seconds, kept in the user's cache
 folder). Where no C++ compiler is found everything runs on XLA's own operations: the same numbers to
@@ -97,36 +97,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory in the process, on huge pages; does nothing elsewhere.
-
-    XLA allocates a step's working memory, hundreds of megabytes, anew each step. By default glibc
-    maps it from the kernel and gives it back every time, and every page is cleared again on its
-    first touch; and ordinary pages are so small that finding them takes a share of the time. To be
-    called before JAX starts its threads: a thread that got a heap of its own maps such blocks
-    whatever it is told.
-    """
-    if os.name != "posix":
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, -1)
-    libc.mallopt(m_arena_max, 1)
-    _use_huge_pages(libc)
-
-
-def _use_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grows the heap, in addresses and not yet in memory, and asks for huge pages there."""
-    size, huge_page, madv_hugepage = 2**31, 2**21, 14
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block is None:
-        return
-    start = (block + huge_page - 1) // huge_page * huge_page
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), madv_hugepage)
-    libc.free(ctypes.c_void_p(block))
