@@ -40,11 +40,12 @@ class Pretrained:
     source: Path
 
 
-def find_checkpoints(path: str | Path) -> Path:
+def find_checkpoints(path: str | Path, source: str = "") -> Path:
     """Returns the folder of a run's checkpoints.
 
     Args:
       path: that folder, or the run's.
+      source: where the path comes from, as in "config.init_from=", to begin the error with.
 
     Raises:
       InputError: there is no such folder.
@@ -53,7 +54,8 @@ def find_checkpoints(path: str | Path) -> Path:
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: no such folder; give the --workdir of a run, or its folder checkpoints"
+            f"{source}{folder}: no such folder; give the --workdir of a run, or its folder "
+            f"checkpoints"
         )
     return folder
 

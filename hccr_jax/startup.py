@@ -72,11 +72,12 @@ def keep_memory() -> None:
 
 def _use_huge_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap, in addresses and not yet in memory, and asks for huge pages there."""
-    size, huge_page, madv_hugepage = 2**31, 2**21, 14
+    huge_page, madv_hugepage = 2**21, 14
     libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block is None:
-        return
-    start = (block + huge_page - 1) // huge_page * huge_page
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), madv_hugepage)
-    libc.free(ctypes.c_void_p(block))
+    for size in (2**33, 2**31):  # Linux refuses more addresses than the machine has memory
+        if (block := libc.malloc(ctypes.c_size_t(size))) is not None:
+            start = (block + huge_page - 1) // huge_page * huge_page
+            whole = ctypes.c_size_t(block + size - start)
+            libc.madvise(ctypes.c_void_p(start), whole, madv_hugepage)
+            libc.free(ctypes.c_void_p(block))
+            return

@@ -67,9 +67,12 @@ def train_and_evaluate(
         config_lib.check_resume(config, workdir / "config.json")
     with _writing(workdir):
         resumes = _can_resume(workdir / "checkpoints")
-        for path in (config.teacher.checkpoint, "" if resumes else config.init_from):
+        starts = {"teacher.checkpoint": config.teacher.checkpoint}
+        if not resumes:
+            starts["init_from"] = config.init_from
+        for key, path in starts.items():
             if path:
-                find_checkpoints(path)
+                find_checkpoints(path, f"config.{key}=")
         timeline = timeline or Timeline()
         job = create_job(config, timeline, resumes)
         if processes.is_first():

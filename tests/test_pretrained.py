@@ -164,7 +164,8 @@ def test_a_wrong_source_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert source.exists(), "so the data are prepared and nothing shows a progress bar"
-    wrong = {tmp_path / "none": "none: no such folder; give the --workdir of a run, or its folder"}
+    none = tmp_path / "none"
+    wrong = {none: f"config.{key}={none}: no such folder; give the --workdir of a run, or its"}
     flags = [*tiny_job, f"--workdir={tmp_path / 'run'}"]
     if key == "init_from":
         flags += ["--config.model.width=0.2"]
