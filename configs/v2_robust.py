@@ -3,9 +3,9 @@
   python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
   python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
 
-On 2 cores (AMD EPYC with AVX2, float32) 53 min, seed 0: test top-1 96.84 %, and on 3,000 rotated,
-3,000 mirrored and 3,000 stretched test images 96.87, 96.53 and 97.20 %, all 96.87 % (the paper:
-85.03 % on 3,755 characters); see docs/recipes.md.
+From a `v2_best` of 13 epochs, on 2 cores (AMD EPYC with AVX2, float32) 53 min, seed 0: test top-1
+96.84 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 96.87, 96.53 and
+97.20 %, all 96.87 % (the paper: 85.03 % on 3,755 characters); see docs/recipes.md.
 """
 
 from ml_collections import ConfigDict
