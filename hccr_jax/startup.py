@@ -1,6 +1,7 @@
 """A process before its first step: settings that must come before JAX starts, and a stopwatch."""
 
 import ctypes
+import functools
 import os
 import time
 
@@ -49,6 +50,7 @@ def prepare_process() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@functools.cache
 def keep_memory() -> None:
     """Tells glibc to keep freed memory in the process, on huge pages; does nothing elsewhere.
 
