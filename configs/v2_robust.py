@@ -3,9 +3,9 @@
   python -m hccr_jax.main --config=configs/v2_best.py --config.data.data_dir=DIR
   python -m hccr_jax.main --config=configs/v2_robust.py --config.data.data_dir=DIR
 
-From `v2_best`, on 2 cores (Intel Xeon with AVX-512, float32) 47 min more, seed 0: test top-1
-97.14 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 97.00, 96.83 and
-97.47 %, all 97.10 % (the paper: 85.03 % on 3,755 characters); see docs/recipes.md.
+From `v2_best`, on 2 cores (Intel Xeon with AVX-512, float32) 47 min of training more, seed 0:
+test top-1 97.14 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 97.00,
+96.83 and 97.47 %, all 97.10 % (the paper: 85.03 % on 3,755 characters); see docs/recipes.md.
 """
 
 from ml_collections import ConfigDict
