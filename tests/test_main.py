@@ -316,10 +316,9 @@ def test_one_device_and_four_learn_the_same(
         rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         return [row[name] for row in rows if name in row]
 
-    one, four = logged("train/loss", trained), logged("train/loss", tmp_path)
-    assert len(one) == 5
-    np.testing.assert_allclose(four[0], one[0], rtol=1e-5)
     # Adam's first steps have one size whatever the gradient's: they blow up what rounding left.
-    np.testing.assert_allclose(four, one, rtol=1e-3)
-    norms = logged("train/gradient_norm", trained), logged("train/gradient_norm", tmp_path)
-    np.testing.assert_allclose(norms[0][0], norms[1][0], rtol=1e-4)
+    for name, first, all_steps in (("train/loss", 1e-5, 1e-3), ("train/gradient_norm", 1e-4, 1e-2)):
+        one, four = logged(name, trained), logged(name, tmp_path)
+        assert len(one) == len(four) == 5
+        np.testing.assert_allclose(four[0], one[0], rtol=first)
+        np.testing.assert_allclose(four, one, rtol=all_steps)

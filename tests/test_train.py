@@ -56,7 +56,7 @@ def test_workdir_holds_what_was_promised(finished: Path) -> None:
 def test_logged_learning_rate_is_the_schedules(finished: Path) -> None:
     # Decay by 0.94 every int(88 / 8 · 0.2) = 2 steps, in stairs; a row tells the rate of its step.
     rates = [row["learning_rate"] for row in rows(finished) if "learning_rate" in row]
-    np.testing.assert_allclose(rates, [1e-3 * 0.94 ** (s // 2) for s in range(8)], rtol=1e-6)
+    np.testing.assert_allclose(rates, [1e-4 * 0.94 ** (s // 2) for s in range(8)], rtol=1e-6)
 
 
 def test_what_is_augmented_once_looks_the_same_in_every_epoch(tiny_job: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_speed_counts_each_step_once(finished: Path) -> None:
 def test_the_batch_rule_scales_the_learning_rate(tiny_job: list[str]) -> None:
     rule = ["--config.optimizer.batch_rule=sqrt", "--config.optimizer.reference_batch_size=2"]
     job = create_job(main.parse(["main", *tiny_job, *rule]).config, Timeline())
-    assert float(job.schedule(0)) == pytest.approx(1e-3 * np.sqrt(8 / 2))
+    assert float(job.schedule(0)) == pytest.approx(1e-4 * np.sqrt(8 / 2))
 
 
 def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:
