@@ -12,13 +12,12 @@ NAMES = {
     "paper": "the paper's recipe with resize augmentation, 20 epochs of batch 128",
     "v2_best": "`v2_best`",
     "v2_robust": "`v2_robust`, from `v2_best`",
-    "v1_best": "`v1_best`, MQDF beside the network",
-    "v1_alone": "`v1_best`, the network alone",
+    "v1_best": "`v1_best`",
     "v1_shuffled": "`v1_best`, 10 % of the training labels shuffled",
     "teacher": "`teacher`: ResNet-18, on one H200",
     "v2_distilled": "`v2_distilled`, from `teacher`",
 }
-_CONFIGS = {"paper": "v2", "v1_alone": "v1_best", "v1_shuffled": "v1_best"}
+_CONFIGS = {"paper": "v2", "v1_shuffled": "v1_best"}
 
 
 def get_config(name: str) -> ConfigDict:
@@ -30,8 +29,6 @@ def get_config(name: str) -> ConfigDict:
         config.batch_size = 128
         config.eval.robustness = True
         config.eval.paper_protocol = True
-    if name == "v1_alone":
-        config.model.mqdf_weight = 0.0
     if name == "v1_shuffled":
         config.data.label_noise = 0.1
         config.eval.suspects = 100
