@@ -1,6 +1,6 @@
 """A short training on characters of your own, from the weights of `configs/strokes.py`.
 
-  python -m hccr_jax.data.prepare --pictures=FOLDER --data_dir=data --name=mine
+  hccr prepare --pictures=FOLDER --data_dir=data --name=mine
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
   python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
 

@@ -1,6 +1,6 @@
 """A real subset of CASIA-HWDB1.1 (100 characters, 300 writers): a recipe for two CPU cores.
 
-  python -m hccr_jax.data.prepare --archives=ARCHIVES --data_dir=DIR
+  hccr prepare --archives=ARCHIVES --data_dir=DIR
   python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
 
 Measured on 2 cores (AMD EPYC with AVX2, float32, shared with other work), seed 0, commit 3daca77:

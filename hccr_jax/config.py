@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hccr_jax.errors import InputError
-from hccr_jax.files import replace_text
+from hccr_jax.runtime.workdir import replace_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,15 +17,16 @@ was wrong, 143 stopped by a signal.
 import pathlib
 import sys
 
-from hccr_jax.startup import Timeline, keep_memory, prepare_process
+from hccr_jax.runtime.startup import Timeline, keep_memory, prepare_process
 
 timeline = Timeline()  # the other imports take time: the clock starts before them
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hccr_jax import cli, signals
+from hccr_jax.cli import command
 from hccr_jax.errors import InputError
+from hccr_jax.runtime import signals
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -34,7 +35,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     Raises:
       InputError: a flag or a config key is wrong.
     """
-    values = cli.define_config_flags()
+    values = command.define_config_flags()
     flags.DEFINE_string(
         "workdir",
         None,
@@ -54,7 +55,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         "With --mode=eval: a run, or its folder checkpoints; default the workdir's own.",
         flag_values=values,
     )
-    cli.parse(values, argv)
+    command.parse(values, argv)
     if values.help:
         return values
     if values.checkpoint and values.mode != "eval":
@@ -74,9 +75,10 @@ def main(argv: list[str]) -> int:
             return 0
         logging.set_verbosity(logging.WARNING)
         prepare_process()
-        from hccr_jax import processes, train  # slow to import: a wrong flag should be told at once
+        from hccr_jax.runtime import distributed
+        from hccr_jax.train import loop  # slow to import: a wrong flag should be told at once
 
-        processes.join(values.config.watchdog_seconds or 300.0)
+        distributed.join(values.config.watchdog_seconds or 300.0)
         timeline.lap("imports")
         signals.explain_bus_errors(
             f"run again, which goes on from the last checkpoint; if it comes again, prepare the "
@@ -84,11 +86,11 @@ def main(argv: list[str]) -> int:
         )
         config, workdir = values.config, pathlib.Path(values.workdir).expanduser()
         if values.mode == "eval":
-            train.evaluate_checkpoint(config, workdir, values.checkpoint)
+            loop.evaluate_checkpoint(config, workdir, values.checkpoint)
         else:
-            train.train_and_evaluate(config, workdir, timeline)
+            loop.train_and_evaluate(config, workdir, timeline)
     except InputError as error:
-        return cli.report_error(error)
+        return command.report_error(error)
     except OSError as error:  # where it does not tell which file, it is one of the run's
         nameless = error.errno is not None and error.filename is None
         place = f"{values.workdir}: {error.strerror}" if nameless else str(error)
@@ -100,9 +102,9 @@ def main(argv: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except RuntimeError as error:
-        from hccr_jax import processes
+        from hccr_jax.runtime import distributed
 
-        if not processes.are_several():
+        if not distributed.are_several():
             raise
         print(f"the other processes were lost: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ runtime_version=1.30.0
 prepare_environment export
 
 mkdir -p -- "$2"
-"$python" -m hccr_jax.export --checkpoint="$1" --format=onnx --output="$2/model.onnx"
+"$python" -m hccr_jax export --checkpoint="$1" --format=onnx --output="$2/model.onnx"
 "$python" - "$1" "$2" <<'PYTHON'
 import json, pathlib, shutil, sys
 import onnx

@@ -86,7 +86,7 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def train(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Returns a function that runs the tiny job to some step in this process, without a stop."""
     from hccr_jax import main
-    from hccr_jax.train import train_and_evaluate
+    from hccr_jax.train.loop import train_and_evaluate
 
     def run(num_steps: int, *flags: str, workdir: Path | None = None) -> Path:
         workdir = workdir or tmp_path_factory.mktemp("run")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hccr_jax.data import canvas, charset, drawing, medians
+from hccr_jax.data.casia import charset
+from hccr_jax.data.images import normalize
+from hccr_jax.data.synthetic import medians
 
 PATH = Path(__file__).parent / "golden_drawings.json"
 FORMS = ((64, 4, "keep"), (64, 4, "adaptive"), (32, 2, "adaptive"))
@@ -31,8 +33,8 @@ def golden() -> list[dict]:
     rows = []
     for index, strokes in enumerate(DRAWINGS):
         form = FORMS[index % len(FORMS)]
-        bitmap = drawing.rasterize(drawing.parse_strokes(strokes))
-        image = canvas.normal_form(bitmap, *form)
+        bitmap = strokes.rasterize(strokes.parse_strokes(strokes))
+        image = normalize.normal_form(bitmap, *form)
         data = base64.b64encode(image.tobytes()).decode()
         rows.append({"strokes": strokes, "form": form, "image": data})
     return rows

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hccr_jax.augment import (
+from hccr_jax.inference.tta import create_views
+from hccr_jax.ops.warp import rotation_matrix, warp
+from hccr_jax.train.augment import (
     ELASTIC_CELLS,
     NUM_DRAWS,
     change_stroke_width,
-    create_views,
     ink_extents,
     make_augment,
     make_is_mirrored,
-    rotation_matrix,
-    warp,
 )
 
 SIZE = 64

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax import benchmark
-from hccr_jax.augment import make_augment
 from hccr_jax.bench import rows as bench_rows
 from hccr_jax.bench import tables
 from hccr_jax.bench.timing import Workload, measure, repeated
+from hccr_jax.cli import benchmark
 from hccr_jax.models.registry import count_parameters, create_model, split_model
-from hccr_jax.ops import forms
+from hccr_jax.ops import dispatch
+from hccr_jax.train.augment import make_augment
 
 ROOT = Path(__file__).parents[1]
 V1 = f"--config={ROOT / 'configs' / 'v1.py'}"
@@ -113,8 +113,8 @@ def test_measured_forms_are_what_the_library_chooses_by(
     output = f"--output={tmp_path / 'forms.json'}"
     assert benchmark.main(["benchmark", *TINY, "--suite=forms", output]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    monkeypatch.setattr(forms, "MEASURED", tmp_path)
-    forms._rankings.cache_clear()
+    monkeypatch.setattr(dispatch, "MEASURED", tmp_path)
+    dispatch._rankings.cache_clear()
     height, width, channels, stride = layer = rows[0]["about"]["layer"]
     x = jnp.zeros((8, height, width, channels))
     speeds = {
@@ -122,9 +122,9 @@ def test_measured_forms_are_what_the_library_chooses_by(
         for row in rows
         if row["about"]["layer"] == layer
     }
-    assert set(speeds) == set(forms.possible(x))
-    assert forms.choose(x, stride) == max(speeds, key=lambda form: speeds[form])
-    forms._rankings.cache_clear()
+    assert set(speeds) == set(dispatch.possible(x))
+    assert dispatch.choose(x, stride) == max(speeds, key=lambda form: speeds[form])
+    dispatch._rankings.cache_clear()
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_wrong_request_is_told_in_one_line(
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["benchmark", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "python -m hccr_jax.benchmark --config=configs/v2.py --suite=gpu --output=" in printed
+    assert "hccr benchmark --config=configs/v2.py --suite=gpu --output=" in printed
     for flag in ("--batch_size", "--rows", "--peer", "--suite", "--output", "--render"):
         assert f"\n  {flag}" in printed
 
@@ -244,8 +244,8 @@ def test_scaling_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
 @pytest.mark.parametrize("width", [0.1, 1.0, 1.4])
 def test_the_peers_network_has_as_many_parameters(name: str, width: float) -> None:
-    torch_peer = pytest.importorskip("hccr_jax.bench.torch_peer", exc_type=ImportError)
-    theirs = torch_peer.create_network(name, 100, width, 0.0)
+    torch_baseline = pytest.importorskip("hccr_jax.bench.torch_baseline", exc_type=ImportError)
+    theirs = torch_baseline.create_network(name, 100, width, 0.0)
     model = create_model(name, num_classes=100, width=width, rngs=nnx.Rngs(0))
     ours = count_parameters(split_model(model)[1])
     assert sum(parameter.numel() for parameter in theirs.parameters()) == ours
@@ -253,7 +253,7 @@ def test_the_peers_network_has_as_many_parameters(name: str, width: float) -> No
 
 def augmented_by_peer(images: np.ndarray, **changes: float) -> np.ndarray:
     torch = pytest.importorskip("torch")
-    from hccr_jax.bench.torch_peer import make_augment as make_peers
+    from hccr_jax.bench.torch_baseline import make_augment as make_peers
 
     options = dict(make_augment.__kwdefaults__) | changes
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hccr_jax.data.canvas import ink_box, normal_form, squared_aspect
+from hccr_jax.data.images.normalize import ink_box, normal_form, squared_aspect
 
 IMAGE_PX, MARGIN_PX = 64, 4
 INSIDE_PX = IMAGE_PX - 2 * MARGIN_PX

@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from hccr_jax import optim, sharding
-from hccr_jax.checkpoint import Checkpoints, check_classes
 from hccr_jax.errors import InputError
-from hccr_jax.manifest import find_damage
+from hccr_jax.runtime import sharding
+from hccr_jax.runtime.checkpoint_seal import find_damage
+from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
+from hccr_jax.train import optim
 
 ABOUT = {"classes": ["啊", "阿"], "config": {"batch_size": 8, "model": {"name": "mobilenet_v1"}}}
 

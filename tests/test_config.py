@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from hccr_jax import cli, optim
 from hccr_jax import config as config_lib
+from hccr_jax.cli import command
 from hccr_jax.config import (
     MODEL_DEFAULTS,
     MODEL_OPTIONS,
@@ -22,9 +22,10 @@ from hccr_jax.config import (
     flatten,
     resolve,
 )
-from hccr_jax.data.input_pipeline import FEEDS
 from hccr_jax.errors import InputError
 from hccr_jax.models.registry import MODELS, SIZED
+from hccr_jax.train import optim
+from hccr_jax.train.input_pipeline import FEEDS
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -66,8 +67,8 @@ def test_shipped_config_passes(name: str) -> None:
     "path", sorted((ROOT / "configs" / "experiments").glob("*.py")), ids=lambda path: path.stem
 )
 def test_experiments_pass_and_differ(path: Path) -> None:
-    names = [experiment.name for experiment in cli.list_experiments(str(path))]
-    configs = [cli.load_config(f"{path}:{name}") for name in names]
+    names = [experiment.name for experiment in command.list_experiments(str(path))]
+    configs = [command.load_config(f"{path}:{name}") for name in names]
     for config in configs:
         check(config)
     assert len(set(names)) == len({json.dumps(config.to_dict()) for config in configs}) > 1

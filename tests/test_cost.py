@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax import cost
+from hccr_jax.cli import cost
 from hccr_jax.models.registry import create_model, named_costs
 
 ROOT = Path(__file__).parents[1]
@@ -126,5 +126,5 @@ def test_a_wrong_request_is_told_in_one_line(
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]):
     code, text, _ = run(capsys, "--help")
     assert code == 0
-    assert "python -m hccr_jax.cost --config=configs/v2.py" in text
+    assert "hccr cost --config=configs/v2.py" in text
     assert "\n  --num_classes" in text

@@ -23,14 +23,17 @@ from browser import browse
 from make_golden_drawings import DRAWINGS, PATH, character_strokes, golden
 from PIL import Image
 
-from hccr_jax import demo
-from hccr_jax.augment import create_views, warp
-from hccr_jax.data import canvas, drawing
-from hccr_jax.data.archives import list_members, read_member
-from hccr_jax.data.handwriting import create_writer, draw
+from hccr_jax.cli import serve
+from hccr_jax.data.casia.archives import list_members, read_member
+from hccr_jax.data.images import normalize, strokes
+from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.demo import description, server
+from hccr_jax.demo.server import create_server
 from hccr_jax.errors import InputError
-from hccr_jax.recognizer import Recognizer
-from hccr_jax.train_step import combine_views
+from hccr_jax.inference.recognizer import Recognizer
+from hccr_jax.inference.steps import combine_views
+from hccr_jax.inference.tta import create_views
+from hccr_jax.ops.warp import warp
 
 NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -45,7 +48,7 @@ def recognizer(finished: Path) -> Recognizer:
 
 @pytest.fixture(scope="module")
 def address(recognizer: Recognizer) -> Iterator[tuple[str, int]]:
-    with demo.create_server(recognizer, "127.0.0.1", 0) as server:
+    with create_server(recognizer, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_address
@@ -89,7 +92,7 @@ def test_the_page_is_one_file_that_needs_no_other(address: tuple[str, int]):
 
 
 def test_texts_are_in_both_languages():
-    page = demo.PAGE.read_text("utf-8")
+    page = server.PAGE.read_text("utf-8")
     english, chinese = re.search(r"\n  en: \{(.*?)\n  zh: \{(.*?)\n\};", page, re.S).groups()
     keys = [re.findall(r"(?:^|[,{\s])(\w+): (?:\"|\(|`)", text) for text in (english, chinese)]
     assert keys[0] == keys[1]
@@ -97,7 +100,7 @@ def test_texts_are_in_both_languages():
 
 
 def test_a_page_in_the_browser_knows_what_python_does(finished: Path, recognizer: Recognizer):
-    model = json.loads(json.dumps(demo.describe_for_browser(finished)))
+    model = json.loads(json.dumps(description.describe_for_browser(finished)))
     assert model["classes"] == list(recognizer.classes)
     assert model["temperature"] == recognizer.temperature
     assert model["preprocessing"] == {"image_px": 32, "margin_px": 2, "aspect": "keep"}
@@ -110,7 +113,7 @@ def test_a_page_in_the_browser_knows_what_python_does(finished: Path, recognizer
 def test_strokes_are_recognised_in_normal_form(address: tuple[str, int], recognizer: Recognizer):
     strokes = character_strokes("万")
     status, answer = post(address, json.dumps(strokes).encode(), "application/json")
-    bitmap = drawing.rasterize(drawing.parse_strokes(strokes))
+    bitmap = strokes.rasterize(strokes.parse_strokes(strokes))
     expected = recognizer.classify(recognizer.to_normal_form(bitmap)[None])[0]
     assert status == 200
     assert answer["candidates"] == [candidate._asdict() for candidate in expected]
@@ -125,7 +128,7 @@ def test_pictures_are_recognised_as_by_predict(address: tuple[str, int], recogni
     assert (status, answer["candidates"]) == (200, expected)
 
 
-MANY = [[[0, 0]] * (drawing.MAX_POINTS + 1)]
+MANY = [[[0, 0]] * (strokes.MAX_POINTS + 1)]
 JSON = "application/json"
 
 
@@ -165,7 +168,7 @@ def test_wrong_input_is_told(
 
 @pytest.mark.parametrize(
     ("kind", "length"),
-    [(JSON, demo.MAX_STROKES_BYTES + 1), ("image/png", demo.MAX_PICTURE_BYTES + 1)],
+    [(JSON, server.MAX_STROKES_BYTES + 1), ("image/png", server.MAX_PICTURE_BYTES + 1)],
 )
 def test_too_large_a_body_is_told(address: tuple[str, int], kind: str, length: int):
     status, answer = post(address, bytes(length), kind)
@@ -181,9 +184,9 @@ def test_a_huge_body_is_not_read(address: tuple[str, int], kind: str):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_unit_and_place_of_a_drawing_do_not_matter(scale: float):
-    strokes = drawing.parse_strokes(character_strokes("永"))
-    moved = [(stroke + 17) * scale for stroke in strokes]
-    difference = drawing.rasterize(strokes).astype(int) - drawing.rasterize(moved)
+    drawn = strokes.parse_strokes(character_strokes("永"))
+    moved = [(stroke + 17) * scale for stroke in drawn]
+    difference = strokes.rasterize(drawn).astype(int) - strokes.rasterize(moved)
     assert np.abs(difference).max() <= 1
 
 
@@ -194,8 +197,8 @@ def test_drawn_lines_are_as_those_of_casia():
         bitmap = draw("永", create_writer(seed), np.random.default_rng(seed))
         shares.append((bitmap < 200).sum() / max(bitmap.shape) ** 2)
         greys.append(np.median(bitmap[bitmap < 200]))
-    bitmap = drawing.rasterize(drawing.parse_strokes(character_strokes("永")))
-    top, bottom, left, right = canvas.ink_box(bitmap)
+    bitmap = strokes.rasterize(strokes.parse_strokes(character_strokes("永")))
+    top, bottom, left, right = normalize.ink_box(bitmap)
     side = max(bottom - top, right - left)
     low, high = np.quantile(shares, (0.1, 0.9))
     assert low < (bitmap < 200).sum() / side**2 < high
@@ -203,7 +206,7 @@ def test_drawn_lines_are_as_those_of_casia():
 
 
 def run_in_node(program: str, values: object) -> object:
-    page = demo.PAGE.read_text("utf-8")
+    page = server.PAGE.read_text("utf-8")
     arithmetic = re.search(r'<script id="arithmetic">(.*?)</script>', page, re.S)[1]
     read = "const input = JSON.parse(require('fs').readFileSync(0));"
     write = "console.log(JSON.stringify(run(input)));"
@@ -321,7 +324,7 @@ def test_the_page_in_a_browser(
         assert "Write a Chinese character" in browser.evaluate(text)
         assert "Nothing is written yet." in browser.evaluate(text)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
-        assert browser.evaluate("canvas.width == Math.round(3 * canvas.clientWidth)")
+        assert browser.evaluate("canvas.width == Math.round(3 * normalize.clientWidth)")
 
         browser.draw(strokes)
         browser.wait_for("!busy && asked == version && candidates.length == 5")
@@ -329,7 +332,7 @@ def test_the_page_in_a_browser(
         assert len(drawn) == len(strokes)
         for got, sent in zip(drawn, strokes, strict=True):
             np.testing.assert_allclose([got[0], got[-1]], [sent[0], sent[-1]], atol=3.0)
-        bitmap = drawing.rasterize(drawing.parse_strokes(drawn))
+        bitmap = strokes.rasterize(strokes.parse_strokes(drawn))
         expected = recognizer.classify(recognizer.to_normal_form(bitmap)[None])[0]
         assert browser.evaluate("candidates") == [c._asdict() for c in expected]
         shown = browser.evaluate("[...document.querySelectorAll('#results b')].map(b=>b.innerText)")
@@ -354,7 +357,7 @@ def test_the_page_in_a_browser(
 
 
 def test_the_command_serves_until_it_is_interrupted(finished: Path):
-    command = [sys.executable, "-m", "hccr_jax.demo", f"--checkpoint={finished}", "--port=0"]
+    command = [sys.executable, "-m", "hccr_jax", "serve", f"--checkpoint={finished}", "--port=0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -384,7 +387,7 @@ def test_the_command_serves_until_it_is_interrupted(finished: Path):
 def test_a_wrong_request_is_told_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert demo.main(["demo", *arguments]) == 2
+    assert serve.main(["demo", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)
@@ -394,10 +397,10 @@ def test_a_wrong_request_is_told_in_one_line(
 def test_an_address_in_use_is_told(
     finished: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]
 ):
-    assert demo.main(["demo", f"--checkpoint={finished}", f"--port={address[1]}"]) == 1
+    assert serve.main(["demo", f"--checkpoint={finished}", f"--port={address[1]}"]) == 1
     assert "in use" in capsys.readouterr().err
 
 
 def test_points_beyond_the_limits_are_refused():
     with pytest.raises(InputError, match="at most"):
-        drawing.parse_strokes([[[0, 10**400]]])
+        strokes.parse_strokes([[[0, 10**400]]])

@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax import export
+from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
-from hccr_jax.formats import folded, litert_file, onnx_file, safetensors_file, stablehlo_file
-from hccr_jax.job import load
+from hccr_jax.export import (
+    exporter,
+    graph,
+    litert_file,
+    onnx_file,
+    safetensors_file,
+    stablehlo_file,
+)
+from hccr_jax.inference.pretrained import Pretrained, load_pretrained
 from hccr_jax.models.registry import create_model
-from hccr_jax.pretrained import Pretrained, load_pretrained
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -59,7 +65,7 @@ def logits_of(model: nnx.Module) -> np.ndarray:
 
 
 def probabilities_of(model: nnx.Module) -> np.ndarray:
-    return folded.softmax(logits_of(model))
+    return graph.softmax(logits_of(model))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def pretrained(finished: Path) -> Pretrained:
 def exported(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a file of StableHLO; its golden pairs lie beside it."""
     path = tmp_path_factory.mktemp("exported") / "a"
-    export.export(pretrained, "stablehlo", path)
+    exporter.export(pretrained, "stablehlo", path)
     return path
 
 
@@ -87,14 +93,14 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 def test_the_folded_form_is_the_network(name: str) -> None:
     expected = logits_of(random_network(name))
     assert expected.std() > 0.01
-    found = folded.run(folded.fold(random_network(name)), IMAGES)
+    found = graph.run(graph.fold(random_network(name)), IMAGES)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_no_layers_is_refused() -> None:
     mqdf = create_model("mqdf", num_classes=CLASSES, image_px=SIDE, rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match="MQDF: cannot be exported; what can: mobilenet_v1, "):
-        folded.fold(mqdf)
+        graph.fold(mqdf)
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "alexnet"])
@@ -102,13 +108,13 @@ def test_onnx_runtime_computes_the_network_for_any_batch(name: str, tmp_path: Pa
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model, path = random_network(name), tmp_path / "network.onnx"
-    onnx_file.write(path, folded.fold(model), SIDE, {})
+    onnx_file.write(path, graph.fold(model), SIDE, {})
     session = onnx_file.create_session(path, threads=1)
     for count in (1, 7):
         logits, probabilities = session.run(["logits", "probabilities"], {"images": IMAGES[:count]})
         expected = logits_of(model)[:count]
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(probabilities, folded.softmax(expected), atol=1e-5)
+        np.testing.assert_allclose(probabilities, graph.softmax(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("mobilenet_v1", 13), ("mobilenet_v2", 17)])
@@ -117,7 +123,7 @@ def test_the_onnx_graph_has_native_depthwise_convolutions(
 ) -> None:
     onnx = pytest.importorskip("onnx")
     description = {"classes": ["啊", "阿"]}
-    onnx_file.write(tmp_path / "a.onnx", folded.fold(random_network(name)), SIDE, description)
+    onnx_file.write(tmp_path / "a.onnx", graph.fold(random_network(name)), SIDE, description)
     model = onnx.load(tmp_path / "a.onnx")
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -143,7 +149,7 @@ def test_float16_onnx_keeps_its_inputs_and_outputs(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = random_network("mobilenet_v2")
-    onnx_file.write(tmp_path / "a.onnx", folded.fold(model), SIDE, {}, "float16")
+    onnx_file.write(tmp_path / "a.onnx", graph.fold(model), SIDE, {}, "float16")
     kinds = {t.data_type for t in onnx.load(tmp_path / "a.onnx").graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
     found = onnx_file.load(tmp_path / "a.onnx")(IMAGES)
@@ -155,20 +161,20 @@ def test_int8_onnx_is_small_and_near(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = random_network("mobilenet_v1", num_classes=3755)
-    layers = folded.fold(model)
+    layers = graph.fold(model)
     onnx_file.write(tmp_path / "float.onnx", layers, SIDE, {})
     onnx_file.write(tmp_path / "int8.onnx", layers, SIDE, {}, "int8", IMAGES)
     sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("float", "int8")]
     assert sizes[0] >= 3 * sizes[1]  # of small layers the scales are a larger share
-    graph = onnx.load(tmp_path / "int8.onnx").graph
-    made_by = {name: node.op_type for node in graph.node for name in node.output}
-    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    nodes = onnx.load(tmp_path / "int8.onnx").graph
+    made_by = {name: node.op_type for node in nodes.node for name in node.output}
+    products = [node for node in nodes.node if node.op_type in ("Conv", "Gemm")]
     quantized = [{made_by.get(name) for name in n.input} == {"DequantizeLinear"} for n in products]
     num_float = quantized.index(True)
     assert all(quantized[num_float:])
     weights = [layer.weight.size for layer in layers if layer.weight is not None]
     assert sum(weights[:num_float]) <= 0.0065 * sum(weights) < sum(weights[: num_float + 1])
-    for tensor in map(onnx.numpy_helper.to_array, graph.initializer):
+    for tensor in map(onnx.numpy_helper.to_array, nodes.initializer):
         assert tensor.dtype != np.int8 or np.abs(tensor).max(initial=0) <= 64
     expected = logits_of(model)
     session = onnx_file.create_session(tmp_path / "int8.onnx", threads=1)
@@ -182,7 +188,7 @@ def test_litert_computes_the_network_for_any_batch(name: str, tmp_path: Path) ->
     expected = probabilities_of(random_network(name))
     for dtype, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1e-2)):
         path = tmp_path / f"{dtype}.tflite"
-        litert_file.write(path, folded.fold(random_network(name)), SIDE, {}, dtype)
+        litert_file.write(path, graph.fold(random_network(name)), SIDE, {}, dtype)
         answer = litert_file.load(path, threads=1)
         for count in (1, 7, 1):
             np.testing.assert_allclose(answer(IMAGES[:count]), expected[:count], atol=tolerance)
@@ -190,21 +196,23 @@ def test_litert_computes_the_network_for_any_batch(name: str, tmp_path: Path) ->
 
 def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
     schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
-    path, layers = tmp_path / "a.tflite", folded.fold(random_network("mobilenet_v2"))
+    path, layers = tmp_path / "a.tflite", graph.fold(random_network("mobilenet_v2"))
     litert_file.write(path, layers, SIDE, {"classes": ["啊", "阿"]}, "int8")
     data = path.read_bytes()
     assert data[4:8] == b"TFL3"
     model = schema.ModelT.InitFromPackedBuf(data)
     (signature,) = model.signatureDefs
-    (graph,) = model.subgraphs
-    named = {pair.name: graph.tensors[pair.tensorIndex] for pair in signature.outputs}
+    (subgraph,) = model.subgraphs
+    named = {pair.name: subgraph.tensors[pair.tensorIndex] for pair in signature.outputs}
     assert {name: tensor.shapeSignature.tolist() for name, tensor in named.items()} == {
         b"logits": [-1, CLASSES], b"probabilities": [-1, CLASSES]
     }  # fmt: skip
     (about,) = model.metadata
     text = bytes(model.buffers[about.buffer].data).decode()
     assert json.loads(text) == {"classes": ["啊", "阿"]}
-    kinds = [model.operatorCodes[operator.opcodeIndex].builtinCode for operator in graph.operators]
+    kinds = [
+        model.operatorCodes[operator.opcodeIndex].builtinCode for operator in subgraph.operators
+    ]
     assert kinds.count(schema.BuiltinOperator.DEPTHWISE_CONV_2D) == 17
     packed = schema.Model.GetRootAs(data)
     for number in range(1, packed.BuffersLength()):
@@ -212,7 +220,7 @@ def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
         place = start.Vector(start.Offset(4))
         assert place % 16 == 0
     # What is stored is the weight, to half a step of its channel's scale.
-    stored = {tensor.name.decode(): tensor for tensor in graph.tensors}
+    stored = {tensor.name.decode(): tensor for tensor in subgraph.tensors}
     for layer in layers:
         if layer.weight is not None:
             tensor = stored[f"{layer.name}.weight.int8"]
@@ -229,7 +237,7 @@ def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
 
 def test_stablehlo_goes_round(tmp_path: Path) -> None:
     model = random_network("mobilenet_v2")
-    stablehlo_file.write(tmp_path / "a.stablehlo", folded.fold(model), SIDE)
+    stablehlo_file.write(tmp_path / "a.stablehlo", graph.fold(model), SIDE)
     answer = stablehlo_file.load(tmp_path / "a.stablehlo")
     for count in (1, 7):
         expected = probabilities_of(model)[:count]
@@ -243,7 +251,7 @@ def test_stablehlo_goes_round(tmp_path: Path) -> None:
 def test_safetensors_hold_all_that_numpy_needs(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     model = random_network("mobilenet_v2")
-    layers = folded.fold(model)
+    layers = graph.fold(model)
     safetensors_file.write(tmp_path / "a.safetensors", layers, {"step": 7})
     # The format by hand: the header's length, the header, the arrays.
     data = (tmp_path / "a.safetensors").read_bytes()
@@ -261,7 +269,7 @@ def test_safetensors_hold_all_that_numpy_needs(tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
-    code = export.main(["export", *flags])
+    code = exporter.main(["export", *flags])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -276,7 +284,7 @@ FORMATS = [
 def test_a_run_is_exported_and_verified(
     file_format: str, dtype: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for package in export.FORMATS[file_format][1]:
+    for package in exporter.FORMATS[file_format][1]:
         pytest.importorskip(package)
     path = tmp_path / "network"
     flags = [f"--checkpoint={finished}", f"--format={file_format}", f"--output={path}"]
@@ -295,7 +303,7 @@ def test_a_run_is_exported_and_verified(
 def test_what_lies_beside_the_file_tells_how_to_use_it(
     pretrained: Pretrained, exported: Path
 ) -> None:
-    golden = export.read_golden(exported)
+    golden = exporter.read_golden(exported)
     about = golden.description
     assert "".join(about["classes"]) == "丁七三上万下一丈"
     assert about["step"] == pretrained.step
@@ -306,8 +314,8 @@ def test_what_lies_beside_the_file_tells_how_to_use_it(
     assert golden.images.dtype == np.uint8
     assert golden.images[:, 0].max() == 0, "the margin is paper"
     assert golden.images.max() > 127, "ink is high"
-    module = jax.jit(export.trained_module(pretrained))
-    expected = folded.softmax(np.asarray(module((golden.images / np.float32(255))[..., None])))
+    module = jax.jit(exporter.trained_module(pretrained))
+    expected = graph.softmax(np.asarray(module((golden.images / np.float32(255))[..., None])))
     np.testing.assert_allclose(golden.reference, expected, atol=1e-4)
     np.testing.assert_allclose(golden.probabilities, expected, atol=1e-4)
 
@@ -315,17 +323,17 @@ def test_what_lies_beside_the_file_tells_how_to_use_it(
 def test_a_file_that_misses_its_golden_answers_fails(
     pretrained: Pretrained, finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    golden = export.read_golden(copy)
+    golden = exporter.read_golden(copy)
     text = np.array(json.dumps(golden.description))
     moved = np.roll(golden.probabilities, 1, axis=1)
     changed = golden._replace(description=text, probabilities=moved)
-    np.savez(export._golden_path(copy), **changed._asdict())
+    np.savez(exporter._golden_path(copy), **changed._asdict())
     flags = [f"--checkpoint={finished}", "--format=stablehlo", f"--output={copy}", "--verify"]
     code, out, _ = run(capsys, *flags)
     assert code == 1
     assert "FAILED" in out
     split = load(pretrained.config, "test")
-    verification = export.verify(pretrained, "stablehlo", copy, split)
+    verification = exporter.verify(pretrained, "stablehlo", copy, split)
     assert verification.difference < 1e-4, "of the split the answers are right"
     assert verification.top1 == verification.reference_top1
     expected = np.abs(moved - golden.probabilities).max()
@@ -343,7 +351,7 @@ def test_a_network_too_large_for_float16_is_not_written(
         np.errstate(over="ignore", invalid="ignore"),
         pytest.raises(FloatingPointError, match="not written: in float16 its probabilities differ"),
     ):
-        export.export(too_large, "stablehlo", tmp_path / "a", "float16")
+        exporter.export(too_large, "stablehlo", tmp_path / "a", "float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -390,4 +398,4 @@ def test_a_damaged_file_is_told_in_one_line(
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert "python -m hccr_jax.export --checkpoint=runs/v2 --format=onnx --output=v2.onnx\n" in out
+    assert "hccr export --checkpoint=runs/v2 --format=onnx --output=v2.onnx\n" in out

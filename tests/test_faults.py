@@ -21,7 +21,7 @@ import pytest
 from runs import ROOT, assert_same_checkpoint, rows, saved, start, steps_saved, wait_for
 from test_processes import finish, start_group
 
-from hccr_jax.checkpoint import Checkpoints
+from hccr_jax.runtime.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.faults
 

@@ -25,10 +25,14 @@ from browser import Browser, browse
 from PIL import Image
 from runs import ROOT
 
-from hccr_jax import demo, main
-from hccr_jax.data import charset, medians, pages, prepare
-from hccr_jax.data.archives import list_members, read_member
-from hccr_jax.recognizer import Recognizer
+from hccr_jax import main
+from hccr_jax.cli import prepare
+from hccr_jax.data.casia import charset
+from hccr_jax.data.casia.archives import list_members, read_member
+from hccr_jax.data.synthetic import medians
+from hccr_jax.demo import server as demo_server
+from hccr_jax.inference import pages
+from hccr_jax.inference.recognizer import Recognizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OWN = "业东世丛仇乘买亮乾亭丽享事书交仁京产习举"
@@ -78,7 +82,7 @@ def address(
     server: socketserver.BaseServer
     if request.param == "served":
         recognizer.warm_up()
-        server = demo.create_server(recognizer, "127.0.0.1", 0)
+        server = demo_server.create_server(recognizer, "127.0.0.1", 0)
     else:
         if not shutil.which("npm"):
             pytest.skip("npm is absent")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax.bench.forms import depthwise_layers
+from hccr_jax.bench.kernels import depthwise_layers
 from hccr_jax.models.registry import create_model
-from hccr_jax.ops import forms
+from hccr_jax.ops import dispatch
 from hccr_jax.ops.depthwise_block import depthwise_block_train
 
 LAYER = (8, 8, 32)
@@ -35,11 +35,11 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             for layer, form, speed in speeds
         ]
         (tmp_path / "here.json").write_text(json.dumps({"rows": rows}))
-        monkeypatch.setattr(forms, "MEASURED", tmp_path)
-        forms._rankings.cache_clear()
+        monkeypatch.setattr(dispatch, "MEASURED", tmp_path)
+        dispatch._rankings.cache_clear()
 
     yield put
-    forms._rankings.cache_clear()
+    dispatch._rankings.cache_clear()
 
 
 def x_of(*shape: int, dtype=jnp.float32) -> jax.Array:
@@ -57,10 +57,10 @@ def test_the_fastest_form_of_the_layer_is_chosen(measured) -> None:
         ((4, 4, 8, 1), "shifted", 20.0),
         ((4, 4, 8, 1), "grouped", 10.0),
     )
-    assert forms.choose(x_of(8, 8, 8), 1) == "grouped"
-    assert forms.choose(x_of(8, 8, 8), 2) == "shifted"
-    assert "pallas" not in forms.possible(x_of(4, 4, 8))
-    assert forms.choose(x_of(4, 4, 8), 1) == "shifted"
+    assert dispatch.choose(x_of(8, 8, 8), 1) == "grouped"
+    assert dispatch.choose(x_of(8, 8, 8), 2) == "shifted"
+    assert "pallas" not in dispatch.possible(x_of(4, 4, 8))
+    assert dispatch.choose(x_of(4, 4, 8), 1) == "shifted"
 
 
 def test_a_layer_that_was_not_measured_takes_the_form_that_won_most(measured) -> None:
@@ -69,15 +69,15 @@ def test_a_layer_that_was_not_measured_takes_the_form_that_won_most(measured) ->
         ((4, 4, 8, 1), "shifted", 9.0),
         ((2, 2, 8, 1), "shifted", 9.0),
     )
-    assert forms.choose(x_of(3, 3, 8), 1) == "shifted"
+    assert dispatch.choose(x_of(3, 3, 8), 1) == "shifted"
 
 
 @on_a_cpu
 def test_without_measurements_a_default_is_chosen(measured) -> None:
     measured()
-    kernels = "kernels" in forms.possible(x_of(*LAYER))
-    assert forms.choose(x_of(*LAYER), 1) == ("kernels" if kernels else "shifted")
-    assert forms.choose(x_of(*LAYER, dtype=jnp.bfloat16), 1) == "shifted"
+    kernels = "kernels" in dispatch.possible(x_of(*LAYER))
+    assert dispatch.choose(x_of(*LAYER), 1) == ("kernels" if kernels else "shifted")
+    assert dispatch.choose(x_of(*LAYER, dtype=jnp.bfloat16), 1) == "shifted"
 
 
 @on_a_cpu
@@ -85,7 +85,7 @@ def test_every_layer_of_the_networks_was_measured_on_a_cpu() -> None:
     for name in ("mobilenet_v1", "mobilenet_v2"):
         model = create_model(name, num_classes=2, rngs=nnx.Rngs(0))
         for layer in depthwise_layers(model, 64):
-            assert layer in forms._rankings()["cpu", "float32"]
+            assert layer in dispatch._rankings()["cpu", "float32"]
 
 
 def test_the_layers_of_mobilenet_v1_are_those_of_its_table() -> None:
@@ -119,7 +119,7 @@ def test_all_forms_agree(stride: int) -> None:
 
     results = {
         form: run(x, affine, weight, affine_after, form)
-        for form in {*forms.possible(x), "pallas"}  # which a CPU interprets
+        for form in {*dispatch.possible(x), "pallas"}  # which a CPU interprets
     }
     expected = results.pop("shifted")
     for form, result in results.items():

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hccr_jax.data import archives
-from hccr_jax.data.gnt import pack_record, read_records
+from hccr_jax.data.casia import archives
+from hccr_jax.data.casia.gnt import pack_record, read_records
 from hccr_jax.errors import InputError
 
 EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from hccr_jax.data.gnt import pack_record, read_records
+from hccr_jax.data.casia.gnt import pack_record, read_records
 from hccr_jax.errors import InputError
 
 

@@ -17,10 +17,10 @@ from scipy.special import log_softmax, softmax
 from hccr_jax import main
 from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import load_split
-from hccr_jax.job import create_job
-from hccr_jax.losses import cross_entropy
-from hccr_jax.startup import Timeline
-from hccr_jax.suspects import detection
+from hccr_jax.metrics.ranking import detection
+from hccr_jax.ops.cross_entropy import cross_entropy
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train.setup import create_job
 
 ROOT = Path(__file__).parents[1]
 

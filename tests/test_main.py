@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from hccr_jax import main, run_page
-from hccr_jax.manifest import write_manifest
+from hccr_jax import main
+from hccr_jax.report import run_report
+from hccr_jax.runtime.checkpoint_seal import write_manifest
 
 ROOT = Path(__file__).parents[1]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
@@ -146,7 +147,7 @@ def test_missing_data_is_told_with_the_way_to_get_it(tmp_path: Path) -> None:
     for advice in (
         "Gnt1.1TrainPart1.zip, Gnt1.1TrainPart2.zip and Gnt1.1Test.zip",
         "https://nlpr.ia.ac.cn/databases/",
-        "`python -m hccr_jax.data.prepare --archives=",
+        "`hccr prepare --archives=",
         "--data_dir=data --name=casia_hwdb`",
         "`launch/quickstart.sh` runs without any download",
     ):
@@ -293,7 +294,7 @@ def test_evaluation_on_distorted_images(tiny_job: list[str], trained: Path, tmp_
     for shown in ("Distorted images", "85.03 %", "65.97 %", "Top-1, flipped and turned"):
         assert shown in page
     for name in ("robustness", "robustness_sets", "robustness_failures"):
-        assert run_page.PLOTS[name] in page
+        assert run_report.PLOTS[name] in page
 
     # An evaluation without them shows nothing of the one before.
     assert main.main(flags) == 0

@@ -24,13 +24,7 @@ from hccr_jax.models.layers import (
     recording,
     xavier_uniform,
 )
-from hccr_jax.models.registry import (
-    MODELS,
-    count_parameters,
-    create_model,
-    split_model,
-    summarize,
-)
+from hccr_jax.models.registry import MODELS, count_parameters, create_model, split_model, summarize
 from hccr_jax.models.resnet import BasicBlock, Bottleneck
 
 

@@ -25,6 +25,7 @@ from hccr_jax.models.gradient_features import (
     gradient_features,
 )
 from hccr_jax.models.registry import count_parameters, create_model, split_model, summarize
+from hccr_jax.train import fit_mqdf
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
@@ -156,12 +157,12 @@ def gaussians(per_class: int, dims: int, seed: int = 0) -> tuple[np.ndarray, np.
 def test_lda_solves_the_generalised_eigenproblem() -> None:
     x, labels = gaussians(60, 12)
     dims = CLASSES - 1
-    fitted = mqdf.fit_lda(x, *mqdf.class_rows(labels, CLASSES), dims)
+    fitted = fit_mqdf.fit_lda(x, *fit_mqdf.class_rows(labels, CLASSES), dims)
     exact = x.astype(np.float64)
     means = np.stack([exact[labels == k].mean(0) for k in range(CLASSES)])
     centred = exact - means[labels]
     within = centred.T @ centred / len(x)
-    within += mqdf.RIDGE * np.trace(within) / 12 * np.eye(12)
+    within += fit_mqdf.RIDGE * np.trace(within) / 12 * np.eye(12)
     between = np.cov(means[labels].T, bias=True)
     values, vectors = scipy.linalg.eigh(between, within)  # vᵀ · within · v = 1
     weight = np.asarray(fitted["weight"], np.float64)
@@ -209,8 +210,8 @@ def test_discriminant_is_the_log_density_of_its_gaussian(eigenvectors: int) -> N
 
 def test_fitted_discriminant_has_each_classs_own_moments() -> None:
     x, labels = gaussians(40, 5)
-    groups = mqdf.class_rows(labels, CLASSES)
-    fitted = mqdf.fit_discriminant(x, *groups, 3, jnp.float32(0.05))
+    groups = fit_mqdf.class_rows(labels, CLASSES)
+    fitted = fit_mqdf.fit_discriminant(x, *groups, 3, jnp.float32(0.05))
     assert fitted["vectors"].shape == (CLASSES, 5, 3)
     for k in range(CLASSES):
         mine = x[labels == k].astype(np.float64)
@@ -226,7 +227,9 @@ def test_fitted_discriminant_has_each_classs_own_moments() -> None:
 
 def test_a_class_without_a_sample_and_small_variances_do_no_harm() -> None:
     x, labels = gaussians(4, 5)  # fewer samples than dimensions
-    fitted = mqdf.fit_discriminant(x, *mqdf.class_rows(labels, CLASSES + 1), 5, jnp.float32(0.3))
+    fitted = fit_mqdf.fit_discriminant(
+        x, *fit_mqdf.class_rows(labels, CLASSES + 1), 5, jnp.float32(0.3)
+    )
     assert float(fitted["variances"].min()) == np.float32(0.3)
     assert np.isfinite(discriminant(fitted, x)).all()
 
@@ -237,8 +240,8 @@ def test_errors_are_as_rare_as_the_bayes_rule_says() -> None:
     labels = np.repeat([0, 1], 20_000)
     x = rng.normal(size=(40_000, 4))
     x[:, 0] += 2.0 * labels
-    groups = mqdf.class_rows(labels, 2)
-    fitted = mqdf.fit_discriminant(x.astype(np.float32), *groups, 2, jnp.float32(1.0))
+    groups = fit_mqdf.class_rows(labels, 2)
+    fitted = fit_mqdf.fit_discriminant(x.astype(np.float32), *groups, 2, jnp.float32(1.0))
     wrong = (discriminant(fitted, x).argmax(1) != labels).mean()
     assert wrong == pytest.approx(scipy.stats.norm.cdf(-1), abs=0.006)
 
@@ -247,12 +250,12 @@ def test_scale_makes_the_probabilities_true() -> None:
     logits = 4 * noise(20_000, 5).astype(np.float32)
     draws = np.random.default_rng(1).gumbel(size=logits.shape)
     labels = (0.25 * logits + draws).argmax(1)  # drawn from softmax(logits / 4)
-    assert float(mqdf.fit_scale(logits, labels)) == pytest.approx(0.25, rel=0.05)
+    assert float(fit_mqdf.fit_scale(logits, labels)) == pytest.approx(0.25, rel=0.05)
 
 
 def test_class_rows_hold_every_row_once() -> None:
     _, labels = gaussians(7, 2)
-    rows, weights = mqdf.class_rows(labels, CLASSES + 1)
+    rows, weights = fit_mqdf.class_rows(labels, CLASSES + 1)
     assert sorted(rows[weights > 0]) == list(range(len(labels)))
     for k in range(CLASSES + 1):
         assert (labels[rows[k][weights[k] > 0]] == k).all()

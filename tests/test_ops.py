@@ -15,11 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from hccr_jax.ops import native
-from hccr_jax.ops.batch_norm import (
-    batch_norm,
-    batch_norm_train,
-    batch_statistics,
-)
+from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train, batch_statistics
 from hccr_jax.ops.depthwise import depthwise_conv, grouped_conv, shifted_sum
 from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hccr_jax.optim import MUON_RMS, SCHEDULES, make_optimizer, make_schedule
+from hccr_jax.train.optim import MUON_RMS, SCHEDULES, make_optimizer, make_schedule
 
 
 def rates(schedule, steps: np.ndarray) -> np.ndarray:

@@ -6,17 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hccr_jax import sharding
-from hccr_jax.data.input_pipeline import (
+from hccr_jax.data.epoch_order import batch_rows, permutation, threefry_2x32
+from hccr_jax.data.splits import Split, gather
+from hccr_jax.runtime import sharding
+from hccr_jax.train.input_pipeline import (
     FEEDS,
     Feed,
     call_lengths,
     choose_placement,
-    gather,
     stream_batches,
 )
-from hccr_jax.data.order import batch_rows, permutation, threefry_2x32
-from hccr_jax.data.splits import Split
 
 
 def walk(seed: int, batch_size: int, num_records: int, num_epochs: int) -> np.ndarray:

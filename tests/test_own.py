@@ -11,13 +11,15 @@ from runs import saved
 from test_prepare import bitmap, member
 
 from hccr_jax import main as main_lib
-from hccr_jax.data import canvas, charset, ink, own, splits, store
-from hccr_jax.data.gnt import pack_record
-from hccr_jax.data.prepare import main, prepare
+from hccr_jax.cli.prepare import main, prepare
+from hccr_jax.data import labelled_images, splits, store
+from hccr_jax.data.casia import charset
+from hccr_jax.data.casia.gnt import pack_record
+from hccr_jax.data.images import ink, normalize
 from hccr_jax.errors import InputError
-from hccr_jax.job import create_job
-from hccr_jax.pretrained import load_pretrained
-from hccr_jax.startup import Timeline
+from hccr_jax.inference.pretrained import load_pretrained
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train.setup import create_job
 
 # In the order of the data set's classes, which is Unicode's.
 CHARACTERS = "A一丁永𠀀"
@@ -66,8 +68,10 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     loaded = splits.load_split("mine", tmp_path / "data", "train", 32, 2)
     for row, source in enumerate(loaded.sources):
         file = tmp_path / source
-        assert own.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
-        exact = canvas.normal_form(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
+        assert (
+            labelled_images.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
+        )
+        exact = normalize.normal_form(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
         np.testing.assert_array_equal(loaded.images[row], exact)
 
 
@@ -86,7 +90,7 @@ def test_equal_pictures_stay_in_one_split(tmp_path: Path) -> None:
         for copy in "abc":
             save(tmp_path / "mine" / "永" / f"{copy}{number}.png", picture(number))
     faults: list[str] = []
-    members = own.list_pictures(tmp_path / "mine", faults, lambda reason, size: None)
+    members = labelled_images.list_pictures(tmp_path / "mine", faults, lambda reason, size: None)
     for number in range(8):
         assert len({m.split for m in members if m.name.endswith(f"{number}.png")}) == 1
     assert faults == []
@@ -197,10 +201,10 @@ def test_pictures_of_any_kind_come_to_the_same(change: str, tmp_path: Path) -> N
         "colour": np.dstack([page] * 3),
         "transparent": np.dstack([np.zeros_like(page)] * 3 + [255 - page]),
     }[change]
-    (entry,) = own.list_pictures(
+    (entry,) = labelled_images.list_pictures(
         save(tmp_path / "永" / "a.png", changed).parents[1], [], lambda reason, size: None
     )
-    difference = own.read_bitmap(entry).astype(int) - ink.to_bitmap(page)
+    difference = labelled_images.read_bitmap(entry).astype(int) - ink.to_bitmap(page)
     assert np.abs(difference).max() <= 1
 
 
@@ -208,7 +212,7 @@ def test_pictures_of_any_kind_come_to_the_same(change: str, tmp_path: Path) -> N
 def test_a_charset_is_read_in_its_order(text: str, tmp_path: Path) -> None:
     path = tmp_path / "charset.txt"
     path.write_bytes(text.encode())
-    assert own.read_charset(str(path)) == ("一", "丁", "永")
+    assert labelled_images.read_charset(str(path)) == ("一", "丁", "永")
 
 
 @pytest.mark.parametrize(
@@ -224,9 +228,9 @@ def test_a_wrong_charset_is_told(content: bytes, message: str, tmp_path: Path) -
     path = tmp_path / "charset.txt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        own.read_charset(str(path))
+        labelled_images.read_charset(str(path))
     with pytest.raises(InputError, match=r"none\.txt: No such file or directory: give level1, "):
-        own.read_charset(str(tmp_path / "none.txt"))
+        labelled_images.read_charset(str(tmp_path / "none.txt"))
 
 
 def test_a_charset_chooses_and_orders_the_classes(tmp_path: Path) -> None:
@@ -283,7 +287,7 @@ def test_hwdb12_has_characters_beyond_level1(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match="no level-1 character"):
         prepare(archives, tmp_path / "data", "hwdb12")
-    characters = own.read_charset("chinese")
+    characters = labelled_images.read_charset("chinese")
     manifest = prepare(archives, tmp_path / "data", "hwdb12", characters=characters).manifest
     assert manifest["classes"] == ["丐", "囧"]
     assert manifest["characters_per_split"] == {"train": 2, "validation": 2, "test": 2}

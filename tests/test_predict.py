@@ -16,15 +16,17 @@ from scipy import ndimage
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from hccr_jax import calibration, predict
-from hccr_jax.data import canvas, ink, pages, pictures
-from hccr_jax.data.handwriting import create_writer, draw
+from hccr_jax.cli import predict
+from hccr_jax.data.images import files, ink, normalize
 from hccr_jax.data.splits import load_split
-from hccr_jax.data.strokes import write_member
+from hccr_jax.data.synthetic.archives import write_member
+from hccr_jax.data.synthetic.writer import create_writer, draw
 from hccr_jax.errors import InputError
-from hccr_jax.evaluate import evaluate
-from hccr_jax.pretrained import NORMAL_FORM, load_pretrained
-from hccr_jax.recognizer import Recognizer
+from hccr_jax.evaluation.evaluate import evaluate
+from hccr_jax.inference import pages
+from hccr_jax.inference.pretrained import NORMAL_FORM, load_pretrained
+from hccr_jax.inference.recognizer import Recognizer
+from hccr_jax.metrics import calibration
 
 CHARACTERS = "一丁七万丈三上下"
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -115,9 +117,9 @@ def test_every_picture_of_a_character_has_its_normal_form(name: str):
     for seed, character in enumerate("永国我鼎"):
         bitmap = write(character, seed)
         data = VARIANTS[name](on_paper(bitmap))
-        (picture,) = pictures.read_pictures(io.BytesIO(data), name)
-        ours = canvas.normal_form(ink.to_bitmap(picture.grey), 64, 4).astype(float)
-        expected = canvas.normal_form(bitmap, 64, 4).astype(float)
+        (picture,) = files.read_pictures(io.BytesIO(data), name)
+        ours = normalize.normal_form(ink.to_bitmap(picture.grey), 64, 4).astype(float)
+        expected = normalize.normal_form(bitmap, 64, 4).astype(float)
         assert np.abs(ours - expected).mean() < 5.0
         assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.98
 
@@ -307,8 +309,8 @@ def test_characters_of_a_page_are_found_in_order(vertical: bool):
     assert_near_boxes(lines, boxes)
     for line, expected in zip(lines, boxes, strict=True):
         for character, (left, top, right, bottom) in zip(line, expected, strict=True):
-            form = canvas.normal_form(character.bitmap, 64, 4).astype(float)
-            alone = canvas.normal_form(page[top:bottom, left:right], 64, 4)
+            form = normalize.normal_form(character.bitmap, 64, 4).astype(float)
+            alone = normalize.normal_form(page[top:bottom, left:right], 64, 4)
             assert np.abs(form - alone).mean() < 4.0
 
 
@@ -433,7 +435,7 @@ def test_damaged_bytes_are_read_or_refused(kind: str):
         for place in rng.integers(0, len(data), 3):
             damaged[place] = rng.integers(256)
         with contextlib.suppress(InputError):
-            for picture in pictures.read_pictures(io.BytesIO(bytes(damaged)), "x"):
+            for picture in files.read_pictures(io.BytesIO(bytes(damaged)), "x"):
                 ink.to_bitmap(picture.grey, "x")
 
 

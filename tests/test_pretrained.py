@@ -13,15 +13,17 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
 from hccr_jax import main
-from hccr_jax.data.charset import level1
+from hccr_jax.data.casia.charset import level1
+from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
-from hccr_jax.job import _load_teacher, create_job, load
-from hccr_jax.manifest import write_manifest
-from hccr_jax.network import Network
-from hccr_jax.pretrained import Pretrained, load_pretrained, start_from, tell_start
-from hccr_jax.startup import Timeline
-from hccr_jax.train_state import AUGMENT, DROPOUT
-from hccr_jax.train_step import row_keys, to_float
+from hccr_jax.inference.network import Network
+from hccr_jax.inference.pretrained import Pretrained, load_pretrained
+from hccr_jax.inference.steps import to_float
+from hccr_jax.runtime.checkpoint_seal import write_manifest
+from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train.init_from import start_from, tell_start
+from hccr_jax.train.setup import _load_teacher, create_job
 
 
 @pytest.fixture(scope="session")

@@ -11,18 +11,20 @@ import pytest
 from flax import nnx
 from scipy.stats import mannwhitneyu
 
-from hccr_jax import predict, sharding
-from hccr_jax.augment import create_views
-from hccr_jax.data import negatives
-from hccr_jax.data.charset import level1
-from hccr_jax.data.distortions import Source
-from hccr_jax.data.handwriting import create_writer, draw
+from hccr_jax.cli import predict
+from hccr_jax.data.casia.charset import level1
+from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.evaluation import negatives
+from hccr_jax.evaluation.distortions import Source
+from hccr_jax.evaluation.rejection import evaluate_rejection
+from hccr_jax.inference.pretrained import load_pretrained
+from hccr_jax.inference.recognizer import Recognizer
+from hccr_jax.inference.rejector import RIDGE, Rejector, to_traits
+from hccr_jax.inference.steps import make_logits_step
+from hccr_jax.inference.tta import create_views
+from hccr_jax.metrics.ranking import auroc, risk_coverage
 from hccr_jax.models.registry import create_model, expose_features, split_model
-from hccr_jax.pretrained import load_pretrained
-from hccr_jax.recognizer import Recognizer
-from hccr_jax.rejection import evaluate_rejection
-from hccr_jax.rejector import RIDGE, Rejector, auroc, risk_coverage, to_traits
-from hccr_jax.train_step import make_logits_step
+from hccr_jax.runtime import sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from hccr_jax import intervals, report
-from hccr_jax.pretrained import load_pretrained
-from hccr_jax.recognizer import Recognizer
+from hccr_jax.cli import analyse
+from hccr_jax.inference.pretrained import load_pretrained
+from hccr_jax.inference.recognizer import Recognizer
+from hccr_jax.metrics import intervals
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -50,7 +51,7 @@ def test_all_alike_leaves_no_doubt() -> None:
 def test_confused_pairs_hold_every_mistake_once() -> None:
     rng = np.random.default_rng(1)
     labels, answers = rng.integers(0, 6, (2, 500))
-    pairs = report.confused_pairs(labels, answers)
+    pairs = analyse.confused_pairs(labels, answers)
     assert sum(count for *_, count in pairs) == (labels != answers).sum()
     one, other, count = pairs[0]
     both = {one, other}
@@ -62,7 +63,7 @@ def test_confused_pairs_hold_every_mistake_once() -> None:
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("report") / "analysis.html"
     flags = [f"--workdir={finished}", f"--against={finished}", f"--output={output}"]
-    assert report.main(["report", *flags]) == 0
+    assert analyse.main(["report", *flags]) == 0
     return output.read_text("utf-8")
 
 
@@ -88,7 +89,7 @@ def test_a_run_is_as_good_as_itself(page: str) -> None:
 
 
 def test_the_answers_are_the_recognizers(finished: Path) -> None:
-    answers = report._answer(str(finished), None, None)
+    answers = analyse._answer(str(finished), None, None)
     recognizer = Recognizer.load(finished)
     for row, candidates in enumerate(recognizer.classify(answers.split.images[:8])):
         best = candidates[0]
@@ -101,7 +102,7 @@ def test_another_split_has_its_own_interval(
 ) -> None:
     output = tmp_path / "a.html"
     flags = [f"--workdir={finished}", "--split=validation", f"--output={output}"]
-    assert report.main(["report", *flags]) == 0
+    assert analyse.main(["report", *flags]) == 0
     best = load_pretrained(finished).validation["top1"]
     assert f"{best:.2%}" in output.read_text("utf-8")
 
@@ -119,7 +120,7 @@ def test_a_wrong_request_is_told_in_a_line(
     finished: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = [flag.format(run=finished) for flag in flags]
-    assert report.main(["report", *named]) == 2
+    assert analyse.main(["report", *named]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

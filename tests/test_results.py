@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hccr_jax import results
 from hccr_jax.errors import InputError
+from hccr_jax.report import experiment_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def row(name: str, group: str, top1: float, seed: int = 0, **more: object) -> results.Row:
+def row(name: str, group: str, top1: float, seed: int = 0, **more: object) -> experiment_tables.Row:
     scores = {"top1": top1, "validation_top1": top1 + 0.01, "training_seconds": 90.0, **more}
     course = {
         "step": [10, 20, 30, 40],
@@ -39,7 +39,7 @@ ROWS = [
 def page(tmp_path: Path) -> Path:
     """Returns a page beside whose folder `measured` lies, with rows that came in any order."""
     for number in (4, 0, 5, 2, 3, 1):
-        results.write_row(
+        experiment_tables.write_row(
             tmp_path / "measured" / "x.jsonl", ROWS[number], ["base", "low", "high", "wide"]
         )
     return tmp_path / "page.md"
@@ -47,7 +47,7 @@ def page(tmp_path: Path) -> Path:
 
 def render(page: Path, comment: str) -> list[str]:
     page.write_text(f"before\n<!-- {comment} -->\nold\n<!-- end -->\nafter\n")
-    results.render(page)
+    experiment_tables.render(page)
     lines = page.read_text().split("\n")
     assert lines[:3] == ["before", f"<!-- {comment} -->", ""]
     assert lines[-4:] == ["", "<!-- end -->", "after", ""]
@@ -56,11 +56,11 @@ def render(page: Path, comment: str) -> list[str]:
 
 def test_rows_are_kept_in_the_order_of_the_list(page: Path) -> None:
     path = page.parent / "measured" / "x.jsonl"
-    assert results.read_rows(path) == ROWS
+    assert experiment_tables.read_rows(path) == ROWS
     again = copy.deepcopy(ROWS[3])
     again["eval"]["top1"] = 0.6
-    results.write_row(path, again, ["base", "low", "high", "wide"])
-    assert results.read_rows(path) == [*ROWS[:3], again, *ROWS[4:]]
+    experiment_tables.write_row(path, again, ["base", "low", "high", "wide"])
+    assert experiment_tables.read_rows(path) == [*ROWS[:3], again, *ROWS[4:]]
     assert [p.name for p in path.parent.iterdir()] == ["x.jsonl"]
 
 
@@ -104,7 +104,7 @@ def test_swings_and_curves(page: Path) -> None:
     ("comment", "message"),
     [
         ("table: measured/y.jsonl", "y.jsonl: No such file or directory"),
-        ("table: page.md", "page.md: not a file that hccr_jax.sweep wrote"),
+        ("table: page.md", "page.md: not a file that hccr sweep wrote"),
         ("table: measured/x.jsonl; group=Rates", "no group 'Rates'; there are Rate, Size"),
         ("table: measured/x.jsonl; gain=top5", "gain=top5: choose from validation_top1, top1,"),
         ("table: measured/x.jsonl; sort=top1", "unexpected keyword argument 'sort'"),
@@ -114,7 +114,7 @@ def test_swings_and_curves(page: Path) -> None:
 def test_wrong_comment_is_named_and_the_page_kept(page: Path, comment: str, message: str) -> None:
     page.write_text(f"<!-- {comment} -->\nold\n<!-- end -->\n")
     with pytest.raises(InputError, match=r"page\.md") as caught:
-        results.render(page)
+        experiment_tables.render(page)
     assert message in str(caught.value)
     assert page.read_text() == f"<!-- {comment} -->\nold\n<!-- end -->\n"
 
@@ -124,8 +124,8 @@ def test_docs_are_what_the_committed_results_give(tmp_path: Path) -> None:
     for path in (tmp_path / "docs").rglob("*.md"):
         before = path.read_text("utf-8")
         if "<!-- end -->" in before:
-            results.render(path)
-            assert path.read_text("utf-8") == before, f"hccr_jax.sweep --render=docs/{path.name}"
+            experiment_tables.render(path)
+            assert path.read_text("utf-8") == before, f"hccr sweep --render=docs/{path.name}"
 
 
 def test_row_of_a_run(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_row_of_a_run(tmp_path: Path) -> None:
     lines = [json.dumps(entry) for entry in logged]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "eval.json").write_text('{"top1": 0.2}')
-    assert results.create_row(tmp_path, {"name": "x", "seed": 0}) == {
+    assert experiment_tables.create_row(tmp_path, {"name": "x", "seed": 0}) == {
         "name": "x",
         "seed": 0,
         "eval": {"top1": 0.2},

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hccr_jax import plots, run_page, sheets
-from hccr_jax.data import charset
+from hccr_jax.data.casia import charset
 from hccr_jax.errors import InputError
+from hccr_jax.report import image_grids, plots, run_report
+from hccr_jax.runtime import run_log
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -87,7 +88,7 @@ def test_the_last_row_of_a_repeated_step_wins(tmp_path):
     evaluation = {"step": 20, "eval/top1": 0.5}
     resumed = [{"step": step, "train/loss": 1.0} for step in (20, 30, 40)]
     write_rows(tmp_path / "metrics.jsonl", [*first, evaluation, *resumed])
-    rows = plots.read_metrics(tmp_path / "metrics.jsonl")
+    rows = run_log.read_metrics(tmp_path / "metrics.jsonl")
     assert list(rows) == [10, 20, 30, 40]
     assert [row["train/loss"] for row in rows.values()] == [9.0, 1.0, 1.0, 1.0]
     assert rows[20]["eval/top1"] == 0.5
@@ -96,7 +97,7 @@ def test_the_last_row_of_a_repeated_step_wins(tmp_path):
 def test_half_a_line_of_a_killed_run_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "trai', encoding="utf-8")
-    assert list(plots.read_metrics(path)) == [1]
+    assert list(run_log.read_metrics(path)) == [1]
 
 
 def test_a_run_that_diverged_still_has_curves(tmp_path):
@@ -120,12 +121,12 @@ def test_sheets_name_characters_that_no_font_has(tmp_path):
     classes = [*charset.level1()[:7], "\U00020000"]
     labels = np.arange(8)
     warped = np.roll(bars(8), 5, axis=1).astype(np.float32) / 255
-    assert_picture(sheets.write_augmented_sheet(tmp_path, bars(8), warped, labels, classes))
+    assert_picture(image_grids.write_augmented_sheet(tmp_path, bars(8), warped, labels, classes))
 
     guesses = (labels[:, None] + np.arange(5)) % 8
     guesses[1::2] = guesses[1::2, ::-1]  # every second answer is wrong
     sure = np.tile([0.6, 0.2, 0.1, 0.05, 0.05], (8, 1))
-    sheets.write_mistakes(tmp_path, bars(8), labels, guesses, sure, classes)
+    image_grids.write_mistakes(tmp_path, bars(8), labels, guesses, sure, classes)
     assert_picture(tmp_path / "plots" / "mistakes.png")
 
 
@@ -133,16 +134,16 @@ def test_a_faultless_model_leaves_no_sheet_of_mistakes(tmp_path):
     labels, sure = np.arange(5), np.full((5, 5), 0.2)
     guesses = (labels[:, None] + np.arange(5)) % 5
     classes = charset.level1()[:5]
-    assert sheets.write_mistakes(tmp_path, bars(5), labels, guesses[:, ::-1], sure, classes)
-    assert sheets.write_mistakes(tmp_path, bars(5), labels, guesses, sure, classes) is None
+    assert image_grids.write_mistakes(tmp_path, bars(5), labels, guesses[:, ::-1], sure, classes)
+    assert image_grids.write_mistakes(tmp_path, bars(5), labels, guesses, sure, classes) is None
     assert not (tmp_path / "plots" / "mistakes.png").exists()
 
 
 def test_the_same_run_gives_the_same_picture(tmp_path):
     classes = charset.level1()[:4]
     arguments = (bars(4), bars(4), range(4), classes)
-    first = sheets.write_augmented_sheet(tmp_path, *arguments).read_bytes()
-    assert sheets.write_augmented_sheet(tmp_path, *arguments).read_bytes() == first
+    first = image_grids.write_augmented_sheet(tmp_path, *arguments).read_bytes()
+    assert image_grids.write_augmented_sheet(tmp_path, *arguments).read_bytes() == first
 
 
 def test_report_is_one_self_contained_page(tmp_path):
@@ -160,7 +161,7 @@ def test_report_is_one_self_contained_page(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss": 2.0}])
     (loss,) = plots.write_curves(tmp_path)
 
-    path = run_page.write_report(tmp_path)
+    path = run_report.write_report(tmp_path)
     assert path == tmp_path / "report.html"
     text = path.read_text(encoding="utf-8")
     assert "http://" not in text
@@ -188,18 +189,18 @@ def test_report_is_one_self_contained_page(tmp_path):
 
 def test_report_of_an_evaluation_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"top1": 0.5}', encoding="utf-8")
-    page = Page(run_page.write_report(tmp_path).read_text(encoding="utf-8"))
+    page = Page(run_report.write_report(tmp_path).read_text(encoding="utf-8"))
     assert "50.00 %" in page.text
     assert page.sources == []
 
 
 def test_report_of_an_empty_workdir_names_it(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)):
-        run_page.write_report(tmp_path)
+        run_report.write_report(tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"top1": 0.', "[1, 2]"])
 def test_report_names_a_damaged_file(tmp_path, content):
     (tmp_path / "eval.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"eval\.json"):
-        run_page.write_report(tmp_path)
+        run_report.write_report(tmp_path)

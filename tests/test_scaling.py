@@ -5,9 +5,9 @@ import math
 import pytest
 from runs import ROOT
 
-from hccr_jax import scaling
-from hccr_jax.cli import load_config
-from hccr_jax.scaling import Links, efficiency, exchanges
+from hccr_jax.cli import scaling
+from hccr_jax.cli.command import load_config
+from hccr_jax.cli.scaling import Links, efficiency, exchanges
 
 LINKS = Links(gpus=8, nvlink=400e9, network=50e9, latency=20e-6, hop=5e-6)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hccr_jax.startup import Timeline
+from hccr_jax.runtime.startup import Timeline
 
 PROGRAM = """
 import os, pathlib

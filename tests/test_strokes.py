@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hccr_jax.data import charset, gnt, handwriting, medians, strokes
+from hccr_jax.data.casia import charset, gnt
+from hccr_jax.data.synthetic import archives, medians, writer
 from hccr_jax.errors import InputError
 
 CHARACTERS = "一丁七万上下永乾"
@@ -27,7 +28,7 @@ def test_stroke_count_is_that_of_the_dictionary(character: str, count: int) -> N
 
 
 def reference_ink(character: str) -> np.ndarray:
-    glyph = strokes.reference_glyph(character, 64)
+    glyph = archives.reference_glyph(character, 64)
     assert glyph is not None
     return 255.0 - glyph
 
@@ -48,16 +49,16 @@ def test_reference_glyph_is_not_mirrored() -> None:
 
 def test_reference_glyph_covers_level_1_only() -> None:
     assert all(reference_ink(character).max() > 127 for character in charset.level1()[::97])
-    assert strokes.reference_glyph("A", 16) is None
-    assert strokes.reference_glyph("龘", 16) is None
+    assert archives.reference_glyph("A", 16) is None
+    assert archives.reference_glyph("龘", 16) is None
 
 
 def test_same_state_gives_the_same_bitmap_and_the_next_instance_differs() -> None:
-    writer = handwriting.create_writer(3)
+    hand = writer.create_writer(3)
     rng, again = np.random.default_rng(5), np.random.default_rng(5)
-    first = handwriting.draw("永", writer, rng)
-    np.testing.assert_array_equal(first, handwriting.draw("永", writer, again))
-    second = handwriting.draw("永", writer, rng)
+    first = writer.draw("永", hand, rng)
+    np.testing.assert_array_equal(first, writer.draw("永", hand, again))
+    second = writer.draw("永", hand, rng)
     assert first.shape != second.shape or (first != second).any()
 
 
@@ -65,7 +66,7 @@ def test_bitmaps_are_tight_and_within_the_limits_of_casia() -> None:
     rng = np.random.default_rng(0)
     characters = [*charset.level1()[::29], *"一二三丁卜", *"一二三丁卜"]
     for seed, character in enumerate(characters):
-        bitmap = handwriting.draw(character, handwriting.create_writer(seed % 40), rng)
+        bitmap = writer.draw(character, writer.create_writer(seed % 40), rng)
         height, width = bitmap.shape
         assert bitmap.dtype == np.uint8
         assert 18 <= width <= 119, character
@@ -76,20 +77,20 @@ def test_bitmaps_are_tight_and_within_the_limits_of_casia() -> None:
 
 
 def test_level_1_characters_can_be_drawn() -> None:
-    writer, rng = handwriting.create_writer(0), np.random.default_rng(0)
-    assert all(handwriting.draw(c, writer, rng).size for c in charset.level1()[::9])
+    hand, rng = writer.create_writer(0), np.random.default_rng(0)
+    assert all(writer.draw(c, hand, rng).size for c in charset.level1()[::9])
 
 
 def test_draw_refuses_other_characters() -> None:
     with pytest.raises(InputError, match="'A'"):
-        handwriting.draw("A", handwriting.create_writer(0), np.random.default_rng(0))
+        writer.draw("A", writer.create_writer(0), np.random.default_rng(0))
 
 
 def test_archives_parse_back_and_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    one = strokes.write_gnt_archives(
+    one = archives.write_gnt_archives(
         tmp_path / "one", CHARACTERS, 3, 2, seed=7, processes=1, progress=False
     )
-    two = strokes.write_gnt_archives(
+    two = archives.write_gnt_archives(
         tmp_path / "two", CHARACTERS, 3, 2, seed=7, processes=2, progress=False
     )
     assert [path.name for path in one] == ["strokes_trn_gnt.zip", "strokes_tst_gnt.zip"]
@@ -120,5 +121,5 @@ def test_impossible_requests_are_refused(
     tmp_path: Path, characters: str, train: int, test: int, named: str
 ) -> None:
     with pytest.raises(InputError, match=named):
-        strokes.write_gnt_archives(tmp_path, characters, train, test, progress=False)
+        archives.write_gnt_archives(tmp_path, characters, train, test, progress=False)
     assert not list(tmp_path.iterdir())

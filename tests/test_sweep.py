@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hccr_jax import sweep
+from hccr_jax.cli import sweep
 
 ROOT = Path(__file__).parents[1]
 FILE = """
@@ -101,7 +101,7 @@ def test_sweep_runs_all_and_names_what_failed(
 
 def stop(file: Path, number: signal.Signals, *, group: bool) -> int:
     """Starts a long run by the sweep, stops both or the sweep alone, and returns its exit code."""
-    command = [sys.executable, "-m", "hccr_jax.sweep", f"--config={file}", "--only=long"]
+    command = [sys.executable, "-m", "hccr_jax", "sweep", f"--config={file}", "--only=long"]
     command += ["--seeds=3,4", f"--workdir={file.parent / 'runs'}"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     metrics = file.parent / "runs" / "long-seed3" / "metrics.jsonl"

@@ -16,14 +16,14 @@ from PIL import Image
 from runs import EVERY_STEP, assert_same_checkpoint, rows, saved, steps_saved, stop
 
 from hccr_jax import main
-from hccr_jax.data.order import batch_rows
+from hccr_jax.data.epoch_order import batch_rows
 from hccr_jax.data.splits import load_split
-from hccr_jax.job import create_job
+from hccr_jax.inference.steps import to_float
 from hccr_jax.models.registry import create_model, split_model
-from hccr_jax.startup import Timeline
-from hccr_jax.train import evaluate_checkpoint
-from hccr_jax.train_state import AUGMENT
-from hccr_jax.train_step import row_keys, to_float
+from hccr_jax.runtime.rng import AUGMENT, row_keys
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train.loop import evaluate_checkpoint
+from hccr_jax.train.setup import create_job
 
 Train = Callable[..., Path]
 

@@ -11,24 +11,25 @@ from jax.sharding import AxisType, Mesh
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
-from hccr_jax.augment import create_views, make_augment, warp
-from hccr_jax.losses import cross_entropy, distillation
+from hccr_jax.inference.steps import combine_views, make_eval_step, to_float
+from hccr_jax.inference.tta import create_views
 from hccr_jax.models.blocks import InvertedResidual
 from hccr_jax.models.layers import Classifier, ConvNorm
 from hccr_jax.models.registry import create_model, split_model
-from hccr_jax.optim import make_optimizer
-from hccr_jax.sharding import DATA_AXIS, replicated
-from hccr_jax.train_state import AUGMENT, DROPOUT, TrainState, create_train_state
-from hccr_jax.train_step import (
+from hccr_jax.ops.cross_entropy import cross_entropy
+from hccr_jax.ops.warp import warp
+from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
+from hccr_jax.runtime.sharding import DATA_AXIS, replicated
+from hccr_jax.train.augment import make_augment
+from hccr_jax.train.losses import distillation
+from hccr_jax.train.optim import make_optimizer
+from hccr_jax.train.state import TrainState, create_train_state
+from hccr_jax.train.step import (
     NEVER,
     average_statistics,
-    combine_views,
-    make_eval_step,
     make_statistics_step,
     make_train_call,
     make_train_step,
-    row_keys,
-    to_float,
 )
 
 NUM_CLASSES, IMAGE_PX = 7, 12

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from hccr_jax import export, main
+from hccr_jax import main
+from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
-from hccr_jax.fit import fit_beside
-from hccr_jax.job import load
+from hccr_jax.export import exporter
+from hccr_jax.inference.network import create_network
+from hccr_jax.inference.pretrained import Pretrained, load_pretrained, weigh_second
+from hccr_jax.inference.recognizer import Recognizer
+from hccr_jax.inference.steps import to_float
 from hccr_jax.models import mqdf
 from hccr_jax.models.registry import create_model, expose_features, split_model
-from hccr_jax.network import create_network
-from hccr_jax.pretrained import Pretrained, load_pretrained, start_from, weigh_second
-from hccr_jax.recognizer import Recognizer
-from hccr_jax.sharding import create_mesh
-from hccr_jax.train_step import to_float
+from hccr_jax.runtime.sharding import create_mesh
+from hccr_jax.train import fit_mqdf
+from hccr_jax.train.fit_mqdf import fit_beside
+from hccr_jax.train.init_from import start_from
 
 WEIGHT = 0.5
 
@@ -101,7 +104,7 @@ def test_what_is_fitted_and_on_whom_its_scale(pretrained: Pretrained) -> None:
     images = to_float(jnp.asarray(np.asarray(split.images)))
     features = np.asarray(mqdf.extract_features(images))
     fitted = pretrained.network.batch_stats["mqdf"]
-    lda = mqdf.fit_lda(features, *mqdf.class_rows(split.labels, 8), 7)
+    lda = fit_mqdf.fit_lda(features, *fit_mqdf.class_rows(split.labels, 8), 7)
     for one, other in zip(
         *(abs(np.asarray(f["weight"])) for f in (fitted["lda"], lda)), strict=True
     ):
@@ -186,10 +189,10 @@ def test_a_file_holds_the_network_alone(
     for run in (both, finished):
         output = f"--output={tmp_path / run.name}"
         flags = [f"--checkpoint={run}", "--format=safetensors", output]
-        assert export.main(["export", *flags]) == 0
+        assert exporter.main(["export", *flags]) == 0
         told = "the network alone: no file holds the classical recogniser beside it"
         assert (told in capsys.readouterr().out) == (run == both)
-    one, other = (export.read_golden(tmp_path / run.name) for run in (both, finished))
+    one, other = (exporter.read_golden(tmp_path / run.name) for run in (both, finished))
     np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
     assert one.description["multiply_adds"] == other.description["multiply_adds"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hccr_jax.errors import InputError
-from hccr_jax.workdir import check_room, check_writable, only_writer
+from hccr_jax.runtime.workdir import check_room, check_writable, only_writer
 
 HOLD = """
 import sys, time

@@ -1,6 +1,6 @@
 """The best recipes in full, and the paper's beside them, on the real subset of 100 characters.
 
-  python -m hccr_jax.sweep --config=configs/experiments/best.py --data_dir=DIR \
+  hccr sweep --config=configs/experiments/best.py --data_dir=DIR \
     --output=docs/measured/best.jsonl
 """
 

@@ -2,7 +2,7 @@
 
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_hwdb100 \
     --config.model.width=1.0 --config.model.stem_stride=2 --config.num_steps=5500
-  python -m hccr_jax.sweep --config=configs/experiments/labels.py --data_dir=DIR \
+  hccr sweep --config=configs/experiments/labels.py --data_dir=DIR \
     --output=docs/measured/labels.jsonl
 """
 

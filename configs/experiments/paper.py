@@ -1,6 +1,6 @@
 """The paper's experiments (its sections 5 and 6), short, on the real subset of 100 characters.
 
-  python -m hccr_jax.sweep --config=configs/experiments/paper.py --data_dir=DIR \
+  hccr sweep --config=configs/experiments/paper.py --data_dir=DIR \
     --output=docs/measured/paper.jsonl
 
 One alone: `python -m hccr_jax.main --config=configs/experiments/paper.py:rate_0005`.

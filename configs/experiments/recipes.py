@@ -3,7 +3,7 @@
   python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
   python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_half \
     --config.model.width=0.5 --config.model.stem_stride=2
-  python -m hccr_jax.sweep --config=configs/experiments/recipes.py --data_dir=DIR \
+  hccr sweep --config=configs/experiments/recipes.py --data_dir=DIR \
     --output=docs/measured/recipes.jsonl
 
 Each experiment changes one thing in `configs/hwdb100.py` at half its width and 6 epochs. Choose by

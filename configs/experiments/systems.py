@@ -1,6 +1,6 @@
 """Every system the paper names, trained the same way on the real subset of 100 characters.
 
-  python -m hccr_jax.sweep --config=configs/experiments/systems.py --data_dir=DIR \
+  hccr sweep --config=configs/experiments/systems.py --data_dir=DIR \
     --output=docs/measured/systems.jsonl
 """
 

@@ -6,8 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from hccr_jax.data import charset, gnt, strokes
+from hccr_jax.data.casia import charset, gnt
 from hccr_jax.data.splits import Split, load_split
+from hccr_jax.data.synthetic import archives
 
 NAME = "benchmark"
 
@@ -33,7 +34,7 @@ class SyntheticData:
         """The folder of a training and a test archive, the last writer's."""
         characters = charset.level1()[: self.num_classes]
         # A few drawings serve for all characters: only their sizes and ink matter here.
-        drawn = strokes.write_member("".join(charset.level1()[:64]), 1, seed=0)
+        drawn = archives.write_member("".join(charset.level1()[:64]), 1, seed=0)
         bitmaps = [record.bitmap for record in gnt.read_records(drawn, "drawn")]
         member = b"".join(
             gnt.pack_record(charset.character_to_tag(character), bitmaps[i % len(bitmaps)])
@@ -51,7 +52,7 @@ class SyntheticData:
     def prepare(self) -> None:
         """Makes the data set by the command that a user would run, start-up included."""
         command = [
-            *(sys.executable, "-m", "hccr_jax.data.prepare", "--overwrite", f"--name={NAME}"),
+            *(sys.executable, "-m", "hccr_jax", "prepare", "--overwrite", f"--name={NAME}"),
             *(f"--archives={self.archives}", f"--data_dir={self.folder}"),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

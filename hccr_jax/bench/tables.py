@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hccr_jax import plots
 from hccr_jax.errors import InputError
+from hccr_jax.report import plots
+from hccr_jax.report.markdown import _cell, to_table
 
 # (heading, key, format) of the columns; those that no row fills are left out.
 COLUMNS = (
@@ -100,13 +101,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return to_table(lines)
 
 
-def to_table(lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table: the headings, then a line for each of the others."""
-    headings, *others = lines
-    ruled = [headings, ["---"] * len(headings), *others]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
-
-
 def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns a line for each layer and a column for each form; images a second, the best bold."""
     forms = list(dict.fromkeys(row["row"].rpartition("/")[2] for row in rows))
@@ -122,12 +116,3 @@ def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"**{cell}**" if cell == f"{best:,.0f}" else cell for cell in cells]
         lines.append([name, *cells])
     return to_table(lines)
-
-
-def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    if row.get(key) is None:
-        return ""
-    text = form.format(row[key])
-    if key == "images_per_second":
-        text += f" ({row['min']:,.0f}–{row['max']:,.0f})"
-    return text

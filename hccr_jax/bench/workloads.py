@@ -16,22 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hccr_jax import optim, plots, sharding
-from hccr_jax.augment import make_augment
 from hccr_jax.bench import roofline
 from hccr_jax.bench.data import NAME, SyntheticData
 from hccr_jax.bench.timing import Run, Workload, measure, repeated
-from hccr_jax.checkpoint import Checkpoints
-from hccr_jax.data.input_pipeline import Call, DeviceFeed, Feed, stream_batches
 from hccr_jax.data.splits import Split
-from hccr_jax.evaluate import evaluate
-from hccr_jax.job import augment_options, create_job, steps_per_call
+from hccr_jax.evaluation.evaluate import evaluate
+from hccr_jax.inference.network import compute_dtype, create_module, create_network
+from hccr_jax.inference.steps import to_float
 from hccr_jax.models.registry import count_parameters
-from hccr_jax.network import compute_dtype, create_module, create_network
-from hccr_jax.startup import Timeline
-from hccr_jax.train import train
-from hccr_jax.train_state import AUGMENT, create_train_state
-from hccr_jax.train_step import make_train_call, make_train_step, row_keys, to_float
+from hccr_jax.runtime import run_log, sharding
+from hccr_jax.runtime.checkpoints import Checkpoints
+from hccr_jax.runtime.rng import AUGMENT, row_keys
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train import optim
+from hccr_jax.train.augment import make_augment
+from hccr_jax.train.input_pipeline import Call, DeviceFeed, Feed, stream_batches
+from hccr_jax.train.loop import train
+from hccr_jax.train.setup import augment_options, create_job, steps_per_call
+from hccr_jax.train.state import create_train_state
+from hccr_jax.train.step import make_train_call, make_train_step
 
 EVALUATED_BATCHES = 8
 _ENDLESS = 2**31 - 1
@@ -116,7 +119,7 @@ class Workloads:
                 feed = _FeedBesideSteps(**fields, feed=job.feed, run=alone.run, calls_each=calls)
                 job = dataclasses.replace(job, feed=feed)
                 _quiet(train)(job, workdir, checkpoints, timeline)
-            logged = plots.read_metrics(workdir / "metrics.jsonl").values()
+            logged = run_log.read_metrics(workdir / "metrics.jsonl").values()
         images = every * self.batch_size
         pairs = [  # an interval's seconds, those of the steps alone among them
             (images / row["images_per_second"], beside)

@@ -1,135 +1,162 @@
-"""Turns CASIA archives, or pictures of your own, into the data set that training reads.
+"""Makes data sets: from CASIA archives, pictures of one's own, or embedded simulated writers."""
 
-Examples:
-
-  python -m hccr_jax.data.prepare --archives=~/casia/HWDB1.1trn_gnt_P1.zip,~/casia/HWDB1.1trn_gnt_P2.zip,~/casia/HWDB1.1tst_gnt.zip --data_dir=~/data
-
-  python -m hccr_jax.data.prepare --pictures=~/characters --data_dir=~/data --name=mine
-
-  python -m hccr_jax.data.prepare --archives=~/casia --test_archives=~/casia/competition-gnt.zip --data_dir=~/data --name=icdar2013
-
-A folder that holds the archives, or unpacked .gnt files, will do as well: --archives=~/casia. In a folder of pictures (PNG, JPEG), each lies in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
-"""  # noqa: E501
-
-import sys
-import time
+import collections
+import contextlib
+import dataclasses
+import io
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from absl import flags
-
-from hccr_jax.data import own
-from hccr_jax.data.dataset import Prepared, prepare
+from hccr_jax.data import labelled_images, store
+from hccr_jax.data.casia import archives as archives_lib
+from hccr_jax.data.casia import charset
+from hccr_jax.data.synthetic import archives
 from hccr_jax.errors import InputError
 
 
-def _summary(prepared: Prepared, seconds: float) -> str:
-    manifest = prepared.manifest
-    done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
-    if manifest.get("faults"):
-        done += f", without {len(manifest['faults']):,} pictures that cannot be used"
-    lines = [f"{prepared.folder}: {done}"]
-    for split, count in manifest["characters_per_split"].items():
-        names = manifest["characters_per_writer"][split]
-        writers = "unknown" if own.UNKNOWN_WRITER in names else f"{len(names)}"
-        classes = len(manifest["characters_per_class"][split])
-        lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
-    for reason, skipped in manifest["skipped"].items():
-        lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
-    if missing := manifest.get("not_trained"):
-        lines.append(
-            f"  {len(missing):,} of the charset without training images: {own.tell(missing, ' ')}"
+class Prepared(NamedTuple):
+    """A prepared data set: its folder, its manifest, and whether it was made just now."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    is_new: bool
+
+
+def prepare(
+    archives: Sequence[str | Path],
+    data_dir: str | Path,
+    name: str = "casia_hwdb",
+    on_error: str = "stop",
+    overwrite: bool = False,
+    *,
+    test_archives: Sequence[str | Path] = (),
+    pictures: str | Path | None = None,
+    characters: Sequence[str] = (),
+) -> Prepared:
+    """Makes the data set `name`, unless it is there, made from the same archives or pictures.
+
+    It appears in its place complete or not at all, whatever ends this process.
+
+    Args:
+      archives: zips, folders or `.gnt` files; none with `pictures`.
+      data_dir: folder of all data sets.
+      name: the data set's name: lower-case letters, digits and underscores.
+      on_error: "stop" at the first damaged file or record, or "skip" and count it.
+      overwrite: replace a data set made from other archives.
+      test_archives: where given, the test split is these, and the others are all to train on.
+      pictures: a folder or a CSV file of pictures named by character, see `own.list_pictures`.
+      characters: the charset; none for the level-1 characters of archives, and for all of pictures.
+
+    Raises:
+      InputError: an argument, an archive or a record is wrong, or other archives were used before.
+    """
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise InputError(f"name={name!r}: use lower-case letters, digits and underscores")
+    skipped: collections.Counter[Any] = collections.Counter()
+    faults: list[str] = []
+
+    def skip(reason: str, num_bytes: int) -> None:
+        skipped.update({(reason, "count"): 1, (reason, "bytes"): num_bytes})
+
+    if pictures is not None:
+        members = labelled_images.list_pictures(pictures, faults, skip)
+        characters = characters or sorted({member.character for member in members})
+    else:
+        members = _list_members(archives, test_archives, skip if on_error == "skip" else None)
+    folder = store.dataset_folder(name, data_dir)
+    with store.exclusive(Path(data_dir, f".{name}.lock")):
+        if folder.exists() and not overwrite:
+            manifest = store.read_manifest(name, data_dir)
+            if manifest["fingerprint"] == archives_lib.fingerprint(members, characters):
+                if on_error == "stop":
+                    labelled_images.check_faults(faults or manifest.get("faults", []))
+                return Prepared(folder, manifest, is_new=False)
+            raise InputError(
+                f"{folder} was made from other archives or pictures: give --overwrite to "
+                f"replace it, or another --name or --data_dir to keep both"
+            )
+        _build(
+            data_dir,
+            name=name,
+            members=members,
+            skip_faults=on_error == "skip",
+            skipped=skipped,
+            characters=characters,
+            faults=faults,
         )
-    return "\n".join(lines)
+    return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
 
 
-def _define_flags() -> flags.FlagValues:
-    """Returns the flags in a set of their own, so that importing this module defines none."""
-    values = flags.FlagValues()
-    flags.DEFINE_list("archives", None, "Zips, folders or .gnt files.", flag_values=values)
-    flags.DEFINE_list(
-        "test_archives",
-        None,
-        "The test split; all writers of --archives are then to train on.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "pictures",
-        None,
-        "Folder of pictures named by character, or a CSV file, in place of archives.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "charset",
-        None,
-        "The characters wanted: level1 (archives' default), chinese, or a text file of them.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("data_dir", None, "Folder of all data sets; created.", flag_values=values)
-    flags.DEFINE_string(
-        "name",
-        None,
-        "Name of the data set: casia_hwdb, or pictures, if not given.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "on_error",
-        "stop",
-        ["stop", "skip"],
-        "At a damaged file or record: stop, or go on with what is sound and count the rest.",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "overwrite", False, "Replace a data set made from other archives.", flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    return values
+def _list_members(
+    archives: Sequence[str | Path],
+    test_archives: Sequence[str | Path],
+    on_fault: archives_lib.OnFault | None,
+) -> list[archives_lib.Member]:
+    """Returns the members of archives, split as they say, or by the two lists if there are two."""
+    members = archives_lib.list_members(archives, on_fault)
+    if not test_archives:
+        return members
+    test = archives_lib.list_members(test_archives, on_fault)
+    # The archives may be given as a folder that holds the test archives too.
+    tested = {(member.num_bytes, member.crc32) for member in test}
+    train = [member for member in members if (member.num_bytes, member.crc32) not in tested]
+    return [dataclasses.replace(member, split="train") for member in train] + [
+        dataclasses.replace(member, split="test") for member in test
+    ]
 
 
-def _paths(names: Sequence[str] | None) -> list[Path]:
-    return [Path(name).expanduser() for name in names or ()]
+def _build(data_dir: str | Path, name: str, **options: Any) -> None:
+    """Builds aside, where no reader looks, and renames; what a killed run left there goes first."""
+    from hccr_jax.data import tfds_builder  # slow to import: wrong input should be told at once
 
-
-def _charset(argument: str | None) -> tuple[str, ...]:
-    """Returns the characters asked for; none for what is usual."""
-    return own.read_charset(argument) if argument and argument != "level1" else ()
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns its exit code: 0 done, 2 wrong input."""
-    start, values = time.monotonic(), _define_flags()
+    folder = store.dataset_folder(name, data_dir)
+    staging = Path(data_dir, f"incomplete.{name}")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        rest = values(argv)[1:]
-        if values.help:
-            print(f"{__doc__}\nFlags:{values.get_help()}")
-            return 0
-        if rest:
-            raise InputError(f"unexpected argument {rest[0]!r}: paths go in --archives")
-        if values.pictures and (values.archives or values.test_archives):
-            raise InputError("--pictures and --archives make two data sets: give one of them")
-        for required in ("data_dir",) if values.pictures else ("archives", "data_dir"):
-            if not values[required].value:
-                raise InputError(f"--{required} is missing: see --help")
-        prepared = prepare(
-            _paths(values.archives),
-            Path(values.data_dir).expanduser(),
-            values.name or ("pictures" if values.pictures else "casia_hwdb"),
-            values.on_error,
-            values.overwrite,
-            test_archives=_paths(values.test_archives),
-            pictures=Path(values.pictures).expanduser() if values.pictures else None,
-            characters=_charset(values.charset),
+        builder = tfds_builder.CasiaHwdb(data_dir=staging, name=name, **options)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size
+            builder.download_and_prepare(file_format="array_record", download_dir=staging / "none")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rename(staging / "replaced")
+        store.dataset_folder(name, staging).rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def prepare_strokes(
+    data_dir: str | Path,
+    num_characters: int,
+    num_train_writers: int,
+    num_test_writers: int,
+    haste: float,
+) -> str:
+    """Makes the embedded data set of simulated writers, unless it is there.
+
+    It goes the whole way of real data: GNT archives are written, and prepared like CASIA's.
+
+    Args:
+      data_dir: folder of all data sets.
+      num_characters: how many of the level-1 characters, the first ones in Unicode order.
+      num_train_writers, num_test_writers: writers, each of whom writes every character once.
+      haste: of the writers, from 0 to 1 in steps of 0.01: see `handwriting.create_writer`.
+
+    Returns:
+      The data set's name, which tells these numbers.
+    """
+    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * haste:.0f}h"
+    folder, lock = store.dataset_folder(name, data_dir), Path(data_dir, f".archives.{name}.lock")
+    with contextlib.nullcontext() if folder.exists() else store.exclusive(lock):
+        if folder.exists():
+            return name
+        scratch = Path(data_dir, f"archives.{name}")
+        characters = sorted(charset.level1())[:num_characters]
+        archives.write_gnt_archives(
+            scratch, characters, num_train_writers, num_test_writers, haste=round(haste, 2)
         )
-    except (InputError, flags.Error) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(_summary(prepared, time.monotonic() - start))
-    for fault in prepared.manifest.get("faults", []):
-        print(f"warning: {fault}", file=sys.stderr)
-    for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
-        print(f"warning: are the tags right? {doubt}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+        prepare([scratch], data_dir, name)
+        shutil.rmtree(scratch)
+    return name

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hccr_jax.data import canvas, store
-from hccr_jax.data.workers import Advance, WorkerPool
+from hccr_jax.data import store
+from hccr_jax.data.images import normalize
 from hccr_jax.errors import InputError
+from hccr_jax.runtime.worker_pool import Advance, WorkerPool
 
 _TASK_ROWS = 4096
 _READ_ROWS = 64
@@ -176,7 +177,7 @@ def _count(manifest: dict[str, Any], split: str, name: str, data_dir: str | Path
 
 def _code_version() -> str:
     """Returns a digest of the code that computes the normal form: a change makes caches stale."""
-    return hashlib.sha256(Path(canvas.__file__).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(normalize.__file__).read_bytes()).hexdigest()[:12]
 
 
 def _records(folder: Path, split: str) -> Any:
@@ -254,7 +255,7 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
     for start in range(task.start, task.stop, _READ_ROWS):
         rows = range(start, min(start + _READ_ROWS, task.stop))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
-            images[row] = canvas.normal_form(
+            images[row] = normalize.normal_form(
                 record["image"], images.shape[1], task.margin_px, task.aspect
             )
             labels.append(place[record["character"].decode()])
@@ -276,3 +277,15 @@ def _remove_other_versions(cache: Path, form: str) -> None:
     for path in cache.parent.glob(f"{form}-*"):
         if path != cache:
             shutil.rmtree(path, ignore_errors=True)
+
+
+class Batch(NamedTuple):
+    """This process's rows of a global batch: images uint8 (B, S, S) and labels int32 (B,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def gather(split: Split, rows: np.ndarray) -> Batch:
+    """Returns the given rows of a split, copied into memory."""
+    return Batch(split.images[rows], split.labels[rows])

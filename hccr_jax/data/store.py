@@ -30,7 +30,7 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
     except OSError as error:
         if name != "casia_hwdb":
             raise InputError(
-                f"no data set {name} in {data_dir}: make it with `python -m hccr_jax.data.prepare "
+                f"no data set {name} in {data_dir}: make it with `hccr prepare "
                 f"--pictures=FOLDER --data_dir={data_dir} --name={name}`, or from --archives=…"
             ) from error
         raise InputError(
@@ -38,7 +38,7 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
             f"Gnt1.1TrainPart2.zip and Gnt1.1Test.zip from https://nlpr.ia.ac.cn/databases/Download"
             f"/Offline/CharData/ (or HWDB1.1trn_gnt_P1.zip, HWDB1.1trn_gnt_P2.zip and "
             f"HWDB1.1tst_gnt.zip, their older names) into a folder ARCHIVES, then run `python -m "
-            f"hccr_jax.data.prepare --archives=ARCHIVES --data_dir={data_dir} --name={name}`; "
+            f"hccr prepare --archives=ARCHIVES --data_dir={data_dir} --name={name}`; "
             f"`launch/quickstart.sh` runs without any download"
         ) from error
     except ValueError as error:

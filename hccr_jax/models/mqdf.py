@@ -14,11 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax import lax
 
-from hccr_jax import losses
 from hccr_jax.models.gradient_features import (
     DIRECTIONS,
     GRID,
@@ -27,8 +24,6 @@ from hccr_jax.models.gradient_features import (
     gradient_features,
 )
 from hccr_jax.models.layers import record_cost
-
-RIDGE = 0.2  # added to the within-class variances, in units of their mean
 
 
 def extract_features(images: jax.Array) -> jax.Array:
@@ -143,99 +138,3 @@ def discriminate(params: Any, features: jax.Array) -> jax.Array:
     nnx.update(lda, params["lda"])
     nnx.update(discriminant, params["discriminant"])
     return discriminant(lda(features))
-
-
-def class_rows(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of each class, int32 (K, n), and their weights, float32 (K, n).
-
-    n is the size of the largest class; smaller ones are filled up with rows of weight 0.
-
-    >>> rows, weights = class_rows(np.array([1, 0, 1]), 2)
-    >>> rows.tolist(), weights.tolist()
-    ([[1, 0], [0, 2]], [[1.0, 0.0], [1.0, 1.0]])
-    """
-    counts = np.bincount(labels, minlength=num_classes)
-    filled = np.arange(counts.max()) < counts[:, None]
-    rows = np.zeros(filled.shape, np.int32)
-    rows[filled] = np.argsort(labels, kind="stable")
-    return rows, filled.astype(np.float32)
-
-
-def _centre(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the count () and mean (d,) of weighted rows (n, d), and the rows without it."""
-    count = weights.sum()
-    mean = (x * weights[:, None]).sum(0) / jnp.maximum(count, 1.0)
-    return count, mean, (x - mean[None]) * weights[:, None]
-
-
-@functools.partial(jax.jit, static_argnames="dims")
-def fit_lda(x: jax.Array, rows: jax.Array, weights: jax.Array, dims: int) -> dict[str, jax.Array]:
-    """Returns Fisher's linear discriminants as the parameters of a `Projection`.
-
-    What they give has mean 0 and, over all classes, unit variance within the classes, without
-    correlation.
-
-    Args:
-      x: float32 (N, D).
-      rows, weights: from `class_rows`.
-      dims: how many discriminants, the best ones first.
-    """
-    with jax.default_matmul_precision("highest"):
-
-        def add(within, group):
-            count, mean, centred = _centre(x[group[0]], group[1])
-            return within + centred.T @ centred, (count, mean)
-
-        zeros = jnp.zeros((x.shape[1], x.shape[1]))
-        within, (counts, means) = lax.scan(add, zeros, (rows, weights))
-        shares = (counts / counts.sum())[:, None]
-        mean = (means * shares).sum(0)
-        between = (means - mean[None]).T @ ((means - mean[None]) * shares)
-        within /= counts.sum()
-        ridge = RIDGE * jnp.trace(within) / len(within)
-        values, vectors = jnp.linalg.eigh(within + ridge * jnp.eye(len(within)))
-        whiten = vectors / jnp.sqrt(values)[None]
-        _, turn = jnp.linalg.eigh(whiten.T @ between @ whiten)
-        weight = whiten @ turn[:, ::-1][:, :dims]
-        return {"weight": weight, "bias": -mean @ weight}
-
-
-@functools.partial(jax.jit, static_argnames="eigenvectors")
-def fit_discriminant(
-    x: jax.Array, rows: jax.Array, weights: jax.Array, eigenvectors: int, minor_variance: jax.Array
-) -> dict[str, jax.Array]:
-    """Returns the parameters of a `QuadraticDiscriminant`, unscaled.
-
-    Args:
-      x: float32 (N, d).
-      rows, weights: from `class_rows`.
-      eigenvectors: k, of each class.
-      minor_variance: δ; no own variance of a class is taken to be smaller.
-    """
-
-    def one(group):
-        count, mean, centred = _centre(x[group[0]], group[1])
-        values, vectors = jnp.linalg.eigh(centred.T @ centred / jnp.maximum(count, 1.0))
-        return mean, vectors[:, ::-1][:, :eigenvectors], values[::-1][:eigenvectors]
-
-    # One class at a time: on a CPU of few threads, XLA's eigenvectors of a batch can wait forever.
-    with jax.default_matmul_precision("highest"):
-        mean, vectors, values = lax.map(one, (rows, weights))
-    return {
-        "mean": mean,
-        "vectors": vectors,
-        "variances": jnp.maximum(values, minor_variance),
-        "minor_variance": minor_variance,
-        "scale": jnp.ones(()),
-    }
-
-
-@jax.jit
-def fit_scale(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the factor, from 2⁻⁸ to 2², that makes logits (N, K) most likely to give labels (N,).
-
-    Features of one image go together, so the Gaussians are far too sure of themselves.
-    """
-    scales = 2.0 ** jnp.linspace(-8.0, 2.0, 161)
-    means = lax.map(lambda scale: losses.cross_entropy(scale * logits, labels).mean(), scales)
-    return scales[means.argmin()]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hccr_jax.ops import forms
+from hccr_jax.ops import dispatch
 from hccr_jax.ops.batch_norm import (
     batch_norm,
     batch_norm_train,
@@ -42,7 +42,7 @@ def depthwise_block(
     Returns:
       (B, ⌈H/stride⌉, ⌈W/stride⌉, C) like x.
     """
-    form = forms.choose(x, stride)
+    form = dispatch.choose(x, stride)
     if form != "kernels":
         active = batch_norm(x, *statistics, *affine, True, epsilon)
         y = depthwise_conv(active, weight, stride, _unfused(form))
@@ -69,7 +69,7 @@ def depthwise_block_train(
       the block's output; mean and variance before and after the convolution, through which no
       gradient flows.
     """
-    form = form or forms.choose(x, stride)
+    form = form or dispatch.choose(x, stride)
     if form not in FUSED:
         active, mean, variance = batch_norm_train(x, *affine, True, epsilon, axis_name)
         y = depthwise_conv(active, weight, stride, form)

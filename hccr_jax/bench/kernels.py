@@ -1,0 +1,103 @@
+"""Times the depthwise layers of a network in every form they can take: `ops/measured/` holds it."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hccr_jax.bench.timing import Run, measure, repeated
+from hccr_jax.models.layers import count_costs
+from hccr_jax.ops import dispatch
+from hccr_jax.ops.depthwise_block import depthwise_block_train
+from hccr_jax.runtime.worker_pool import cpu_count
+
+Layer = tuple[int, int, int, int]  # H, W, C and the stride, H×W of the input
+
+
+def depthwise_layers(model: nnx.Module, image_px: int) -> list[Layer]:
+    """Returns (H, W, C, stride) of each kind of depthwise layer of a network, H×W its input."""
+    layers: list[Layer] = []
+    shape: tuple[int, ...] = (image_px, image_px, 1)
+    for cost in count_costs(model, image_px):
+        if cost.kind.startswith("depthwise"):
+            stride = math.ceil(shape[0] / cost.output[0])
+            layers.append((shape[0], shape[1], cost.output[2], stride))
+        shape = cost.output
+    return list(dict.fromkeys(layers))
+
+
+def time_forms(
+    layers: Sequence[Layer], dtype: jnp.dtype, batch_size: int, seconds: float, repeats: int,
+) -> Iterator[tuple[Layer, str, list[float] | Exception]]:  # fmt: skip
+    """Yields each layer in each form the devices can run, with its images a second by repeat.
+
+    What is timed is a layer as networks have it, batch norm and ReLU6 on both sides: forward, and
+    the gradients of everything. A form that fails is yielded with the reason.
+
+    Args:
+      layers: from `depthwise_layers`.
+      dtype: of the arithmetic.
+      batch_size: images a call, on one device.
+      seconds, repeats: as in `timing.measure`.
+    """
+    programs: dict[Layer, dict[str, Future[Any]]] = {}
+    with ThreadPoolExecutor(cpu_count()) as pool:  # to compile takes longer than to measure
+        for layer in layers:
+            shapes = _shapes(layer, dtype, batch_size)
+            programs[layer] = {
+                form: pool.submit(_compile, form, shapes, layer[-1])
+                for form in dispatch.possible(shapes[0])
+            }
+    for layer in layers:
+        shapes = _shapes(layer, dtype, batch_size)
+        kinds, structure = jax.tree.flatten(shapes)
+        keys = jax.random.split(jax.random.key(0), len(kinds))
+        arrays = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, kinds, strict=True)]
+        arguments = jax.tree.unflatten(structure, arrays)
+        runs: dict[str, Run] = {}
+        failed: dict[str, Exception] = {}
+        for form, program in programs[layer].items():
+            try:
+                run = functools.partial(program.result(), *arguments)
+                runs[form] = repeated(run, jax.block_until_ready)
+                runs[form](1)
+            except Exception as error:  # a compiler or a device may refuse a form
+                runs.pop(form, None)
+                failed[form] = error
+        calls = measure(runs, seconds, repeats)
+        for form, rates in calls.items():
+            yield layer, form, [rate * batch_size for rate in rates]
+        for form in failed:
+            yield layer, form, failed[form]
+
+
+def _shapes(layer: Layer, dtype: jnp.dtype, batch_size: int) -> tuple[Any, ...]:
+    """Returns the shapes of a layer's input, norms' scale and bias, and weight."""
+    height, width, channels, _ = layer
+    vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    return (
+        jax.ShapeDtypeStruct((batch_size, height, width, channels), dtype),
+        (vector, vector),
+        jax.ShapeDtypeStruct((3, 3, channels), dtype),
+        (vector, vector),
+    )
+
+
+def _compile(form: str, shapes: tuple[Any, ...], stride: int) -> Any:
+    """Returns the program that runs a layer forward and backward."""
+
+    def layer(x, affine, weight, affine_after):
+        return depthwise_block_train(
+            x, affine, weight, affine_after, stride, 1e-3, None, form=form
+        )[0]
+
+    def both(*arguments):
+        y, pull = jax.vjp(layer, *arguments)
+        return pull(y)
+
+    return jax.jit(both).lower(*shapes).compile()

@@ -1,0 +1,138 @@
+"""Writes a trained network to a file for other programs, or checks such a file.
+
+Examples:
+
+  hccr export --checkpoint=runs/v2 --format=onnx --output=v2.onnx
+  hccr export --checkpoint=runs/v2 --format=onnx --output=v2.int8.onnx --dtype=int8
+  hccr export --checkpoint=runs/v2 --format=litert --output=v2.tflite --dtype=float16
+  hccr export --checkpoint=runs/v2 --format=stablehlo --output=v2.stablehlo
+  hccr export --checkpoint=runs/v2 --format=safetensors --output=v2.safetensors
+  hccr export --checkpoint=runs/v2 --format=onnx --output=v2.onnx --verify
+
+The network is that of the run's best step, its batch norms folded into the convolutions. But for
+safetensors it takes `images` uint8 (batch, S, S) in normal form (`data/canvas.py`: ink 255, paper
+0) and gives `logits` and `probabilities`, float32 (batch, K). A file of safetensors holds the
+weights and the list of layers.
+
+  format        dtypes                            runs in                  needs
+  onnx          float32, float16, int8            ONNX Runtime             hccr_jax[export]
+  litert        float32, float16, int8 (weights)  LiteRT, on phones        hccr_jax[litert]
+  stablehlo     float32, float16                  JAX, on CPU and CUDA     hccr_jax[export]
+  safetensors   float32, float16 (weights)        anything; here in NumPy  hccr_jax[export]
+
+int8 of ONNX is calibrated on images of the training split; the first layers, with 0.65 % of the
+weights, stay in float32. Where it says weights, only they are stored so, and all arithmetic is in
+float32. Beside FILE lies FILE.golden.npz: a description in JSON (also in the file itself, but for
+StableHLO), 16 images by a simulated writer and the file's answers to them, which any other program
+that runs the file should give, too.
+
+--verify writes nothing: it runs FILE in its own runtime on the test split and says how its
+probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and
+LiteRT on one core); it fails if the golden answers are missed by more than the tolerance.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong request.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from hccr_jax.cli import command
+from hccr_jax.data.from_config import load
+from hccr_jax.errors import InputError
+from hccr_jax.export.exporter import (
+    CALIBRATION_IMAGES,
+    FORMATS,
+    GOLDEN_PAIRS,
+    TOLERANCES,
+    export,
+    verify,
+)
+from hccr_jax.inference.pretrained import load_pretrained, weigh_second
+from hccr_jax.runtime.startup import prepare_process
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line and returns its exit code: 0 done, 1 failed, 2 wrong request."""
+    try:
+        values = _parse(argv)
+        if values.help:
+            print(f"{__doc__}\nFlags:{values.get_help()}")
+            return 0
+        prepare_process()
+        return _run(values)
+    except InputError as error:
+        return command.report_error(error)
+    except (FloatingPointError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(values: flags.FlagValues) -> int:
+    output = Path(values.output).expanduser()
+    pretrained = load_pretrained(values.checkpoint)
+    if pretrained.config.model.mqdf_weight > 0.0:
+        pretrained = weigh_second(pretrained, 0.0)
+        print("the network alone: no file holds the classical recogniser beside it")
+    config = pretrained.config
+    if values.data_dir:
+        config.data.data_dir = values.data_dir
+    if values.verify:
+        verification = verify(
+            pretrained, values.format, output, load(config, config.data.test_split)
+        )
+        print(f"{output}: {values.format}, against {pretrained.source}\n{verification}")
+        return 0 if verification.passed() else 1
+    calibration = None
+    if values.format == "onnx" and values.dtype == "int8":
+        images = load(config, config.data.train_split).images
+        count = min(len(images), CALIBRATION_IMAGES)
+        calibration = images[np.linspace(0, len(images) - 1, count).astype(int)]
+    golden = export(pretrained, values.format, output, values.dtype, calibration)
+    difference = np.abs(golden.probabilities - golden.reference).max()
+    print(
+        f"{output}: {values.format}, {values.dtype}, {output.stat().st_size:,} bytes, "
+        f"{len(pretrained.classes):,} classes, step {pretrained.step:,}\n"
+        f"  {GOLDEN_PAIRS} golden pairs beside it: largest difference of a probability from the "
+        f"checkpoint {difference:.2g}"
+    )
+    return 0
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """Returns the parsed flags, the request checked as far as can be before anything is loaded."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("checkpoint", None, "A run, or its folder checkpoints.", flag_values=own)
+    flags.DEFINE_enum("format", None, list(FORMATS), "Of the file.", flag_values=own)
+    flags.DEFINE_string("output", None, "The file.", flag_values=own)
+    flags.DEFINE_enum(
+        "dtype", "float32", list(TOLERANCES), "Of weights and arithmetic.", flag_values=own
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Folder of all data sets, for int8 and --verify; the run's where not "
+        "given.", flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_bool("verify", False, "Check a file that is there.", flag_values=own)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
+    command.parse_flags(own, argv)
+    if own.help:
+        return own
+    for required in ("checkpoint", "format", "output"):
+        if not own[required].value:
+            raise InputError(f"--{required} is missing: see --help")
+    dtypes, packages, extra = FORMATS[own.format]
+    if own.dtype not in dtypes:
+        raise InputError(f"--dtype={own.dtype}: --format={own.format} has {', '.join(dtypes)}")
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    if missing:
+        raise InputError(
+            f"--format={own.format}: needs {missing[0]}: pip install 'hccr_jax[{extra}]'"
+        )
+    output = Path(own.output).expanduser()
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise InputError(f"--output={output}: not a file in a folder that can be written")
+    return own

@@ -1,0 +1,282 @@
+"""Recognises handwritten characters with a trained network.
+
+Examples:
+
+  hccr predict --checkpoint=runs/v2 character.png
+  hccr predict --checkpoint=runs/v2 folder/ more.jpg 1241-c.gnt --top=3 --table
+  hccr predict --checkpoint=runs/v2 - < character.png
+  hccr predict --checkpoint=runs/v2 folder/ --reject_at=0.01 --time
+  hccr predict --checkpoint=runs/v2 --page page.jpg --annotate=page_read.png
+
+Reads PNG, JPEG and GNT files, folders of them, and "-" for what comes on stdin. A picture shows one
+character, dark on light or light on dark, of any size and colour; with --page, lines of characters
+that do not touch. Prints one JSON object a line for each picture, GNT record or page. A picture
+that cannot be read is told on stderr, and the others are read all the same.
+
+With --reject_at, what is crossed out, no character of the class list or a scrawl is marked as
+rejected. Its p_value says how many of a hundred properly written characters look less like one:
+--reject_at=0.01 rejects about one good character in a hundred.
+
+Exit codes: 0 done, 2 the request or a picture was wrong.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from hccr_jax.cli import command
+from hccr_jax.errors import InputError
+from hccr_jax.runtime.startup import prepare_process
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gnt")
+TIMED = 20  # repetitions
+
+
+class _Item(NamedTuple):
+    """A picture to recognise: what its line begins with, and its normal form."""
+
+    head: dict[str, Any]
+    form: np.ndarray
+
+
+class _Reader:
+    """Reads what the command line names; says on stderr what cannot be read."""
+
+    def __init__(self) -> None:
+        self.num_errors = 0
+
+    def pictures(self, files: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yields the head of a picture's line and the picture."""
+        from hccr_jax.data.images.files import open_pictures, read_pictures
+
+        for file in files:
+            try:
+                found = (
+                    read_pictures(sys.stdin.buffer, "stdin")
+                    if file == "-"
+                    else open_pictures(Path(file))
+                )
+                for picture in found:
+                    head: dict[str, Any] = {"file": file}
+                    if picture.record is not None:
+                        head |= {"record": picture.record, "label": picture.label}
+                    yield head, picture
+            except InputError as error:
+                self.tell(error)
+
+    def tell(self, error: InputError) -> None:
+        """Prints what is wrong with a picture."""
+        self.num_errors += 1
+        command.report_error(error)
+
+
+def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Returns the parsed flags and the files to read, folders opened.
+
+    Raises:
+      InputError: a flag is wrong, or a file or folder is missing.
+    """
+    own = flags.FlagValues()
+    own.set_gnu_getopt(True)  # flags may follow the files
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
+    flags.DEFINE_string(
+        "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=own
+    )
+    flags.DEFINE_integer("top", 5, "Candidates of each character.", lower_bound=1, flag_values=own)
+    flags.DEFINE_bool("table", False, "Print a table instead of JSON.", flag_values=own)
+    flags.DEFINE_float(
+        "reject_at", None, "Marks as rejected what looks less like a character than this share of "
+        "properly written ones: 0.01 to 0.1.",
+        lower_bound=0.0, upper_bound=1.0, flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_bool("page", False, "Each picture is a page of characters.", flag_values=own)
+    flags.DEFINE_bool(
+        "vertical", False, "With --page: lines are columns from right to left.", flag_values=own
+    )
+    flags.DEFINE_string(
+        "annotate", None, "With --page: a PNG file to draw the one page into, with boxes and "
+        "answers.", flag_values=own,
+    )  # fmt: skip
+    flags.DEFINE_bool("time", False, "Tell speed and latency on stderr.", flag_values=own)
+    rest = command.parse_flags(own, argv, takes_arguments=True)
+    if own.help:
+        return own, []
+    if not own.checkpoint:
+        raise InputError("--checkpoint is missing: for example --checkpoint=runs/v2")
+    if not rest:
+        raise InputError("no picture is named: give files or folders, or - for stdin")
+    files = [file for name in rest for file in _find_files(name)]
+    if (own.vertical or own.annotate) and not own.page:
+        raise InputError("--vertical and --annotate go with --page")
+    if own.annotate and len(files) > 1:
+        raise InputError(f"--annotate={own.annotate}: takes one page, got {len(files)}")
+    return own, files
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line and returns its exit code: 0 done, 2 wrong request or picture."""
+    try:
+        own, files = parse(argv)
+        if own.help:
+            print(f"{__doc__}\nFlags:{own.get_help()}")
+            return 0
+        prepare_process()
+        from hccr_jax.inference.recognizer import Recognizer  # slow to import
+
+        recognizer = Recognizer.load(own.checkpoint)
+        if not recognizer.is_calibrated:
+            print(
+                f"note: {own.checkpoint} holds no temperature of these weights, fitted to writers "
+                f"they have not seen: the probabilities are not calibrated",
+                file=sys.stderr,
+            )
+        if own.reject_at is not None and not recognizer.can_reject:
+            raise InputError(
+                f"--reject_at: {own.checkpoint} holds no rejector of these weights and "
+                f"{recognizer.num_views} views of an image: hccr_jax.main --mode=eval makes one, "
+                f"with the config of the run and --config.eval.rejection_images=2000"
+            )
+        reader = _Reader()
+        if own.time:
+            recognizer.warm_up()
+        start = time.perf_counter()
+        read = _read_pages if own.page else _read_characters
+        count = read(recognizer, reader, files, own)
+        if own.time:
+            _tell_speed(recognizer, count, time.perf_counter() - start)
+    except InputError as error:
+        return command.report_error(error)
+    return 2 if reader.num_errors else 0
+
+
+def _find_files(name: str) -> list[str]:
+    """Returns a file, or those of a folder."""
+    path = Path(name)
+    if name != "-" and not path.exists():
+        raise InputError(f"{name}: no such file or folder")
+    if not path.is_dir():
+        return [name]
+    files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise InputError(f"{name}: no file in this folder ends with {', '.join(SUFFIXES)}")
+    return files
+
+
+def _read_characters(recognizer: Any, reader: _Reader, files: list[str], own: Any) -> int:
+    """Prints the answer to each picture and returns their number."""
+    from hccr_jax.data.images.ink import to_bitmap
+    from hccr_jax.inference.recognizer import in_batches
+
+    def items() -> Iterator[_Item]:
+        for head, (grey, record, _) in reader.pictures(files):
+            try:
+                name = head["file"] if record is None else f"{head['file']}, record {record}"
+                # The bitmaps of a GNT file are as the network was taught.
+                bitmap = to_bitmap(grey, name) if record is None else grey
+                yield _Item(head, recognizer.to_normal_form(bitmap))
+            except InputError as error:
+                reader.tell(error)
+
+    count = 0
+    for batch in in_batches(items(), recognizer.batch_size):
+        answers = recognizer.judge(np.stack([item.form for item in batch]), own.top)
+        for item, answer in zip(batch, answers, strict=True):
+            _write(item.head, _describe(answer, own), own)
+        count += len(batch)
+    return count
+
+
+def _read_pages(recognizer: Any, reader: _Reader, files: list[str], own: Any) -> int:
+    """Prints the lines of each page and returns the number of its characters."""
+    from hccr_jax.inference.pages import draw_page, read_page
+
+    count = 0
+    for head, (grey, *_) in reader.pictures(files):
+        lines = read_page(grey, own.vertical)
+        characters = [character for line in lines for character in line]
+        if not characters:
+            reader.tell(InputError(f"{head['file']}: no ink found"))
+            continue
+        forms = np.stack([recognizer.to_normal_form(c.bitmap) for c in characters])
+        answers = iter(recognizer.judge(forms, own.top))
+        described = [
+            [{"box": list(c.box), **_describe(next(answers), own)} for c in line] for line in lines
+        ]
+        _write_page(head | {"width": grey.shape[1], "height": grey.shape[0]}, described, own)
+        if own.annotate:
+            marks = [
+                [(tuple(c["box"]), _best(c), not c.get("rejected")) for c in line]
+                for line in described
+            ]
+            _save(draw_page(grey, marks), own.annotate)
+        count += len(characters)
+    return count
+
+
+def _describe(answer: Any, own: Any) -> dict[str, Any]:
+    described: dict[str, Any] = {"candidates": [c._asdict() for c in answer.candidates]}
+    if own.reject_at is not None:
+        described["p_value"] = answer.p_value
+        described["rejected"] = answer.p_value <= own.reject_at
+    return described
+
+
+def _best(answer: dict[str, Any]) -> str:
+    return answer["candidates"][0]["character"]
+
+
+def _write(head: dict[str, Any], answer: dict[str, Any], own: Any) -> None:
+    if not own.table:
+        print(json.dumps(head | answer, ensure_ascii=False))
+        return
+    name = head["file"] + (f", record {head['record']}" if "record" in head else "")
+    print(f"{name}  {_to_cells(answer)}")
+
+
+def _write_page(head: dict[str, Any], lines: list[list[dict[str, Any]]], own: Any) -> None:
+    described: list[dict[str, Any]] = []
+    for line in lines:
+        lefts, tops, rights, bottoms = zip(*(c["box"] for c in line), strict=True)
+        box = [min(lefts), min(tops), max(rights), max(bottoms)]
+        text = "".join(_best(character) for character in line)
+        described.append({"text": text, "box": box, "characters": line})
+    if not own.table:
+        print(json.dumps(head | {"lines": described}, ensure_ascii=False))
+        return
+    for number, found in enumerate(described, 1):
+        print(f"{head['file']}, line {number}: {found['text']}")
+        for character in found["characters"]:
+            print(f"  {_to_cells(character)}")
+
+
+def _to_cells(answer: dict[str, Any]) -> str:
+    cells = [f"{c['character']} {100 * c['probability']:6.2f} %" for c in answer["candidates"]]
+    return "  ".join(cells + ["rejected"] * bool(answer.get("rejected")))
+
+
+def _save(picture: Any, path: str) -> None:
+    try:
+        picture.save(path, "PNG")
+    except OSError as error:
+        raise InputError(f"--annotate={path}: {error.strerror or error}") from error
+
+
+def _tell_speed(recognizer: Any, count: int, seconds: float) -> None:
+    side = recognizer.to_normal_form(np.zeros((1, 1), np.uint8)).shape
+    alone = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        recognizer.classify(np.zeros((1, *side), np.uint8))
+        alone.append(time.perf_counter() - start)
+    print(
+        f"{count:,} characters in {seconds:.2f} s: {count / seconds:,.0f} a second, reading "
+        f"included; one alone takes {1e3 * median(alone):.1f} ms",
+        file=sys.stderr,
+    )

@@ -1,0 +1,132 @@
+"""Turns CASIA archives, or pictures of your own, into the data set that training reads.
+
+Examples:
+
+  hccr prepare --archives=~/casia/Gnt1.1TrainPart1.zip,~/casia/Gnt1.1TrainPart2.zip,~/casia/Gnt1.1Test.zip --data_dir=~/data
+
+  hccr prepare --pictures=~/characters --data_dir=~/data --name=mine
+
+  hccr prepare --archives=~/casia --test_archives=~/casia/competition-gnt.zip --data_dir=~/data --name=icdar2013
+
+A folder that holds the archives, or unpacked .gnt files, will do as well: --archives=~/casia. In a folder of pictures (PNG, JPEG), each lies in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
+"""  # noqa: E501
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from hccr_jax.data import labelled_images
+from hccr_jax.data.prepare import Prepared, prepare
+from hccr_jax.errors import InputError
+
+
+def _summary(prepared: Prepared, seconds: float) -> str:
+    manifest = prepared.manifest
+    done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
+    if manifest.get("faults"):
+        done += f", without {len(manifest['faults']):,} pictures that cannot be used"
+    lines = [f"{prepared.folder}: {done}"]
+    for split, count in manifest["characters_per_split"].items():
+        names = manifest["characters_per_writer"][split]
+        writers = "unknown" if labelled_images.UNKNOWN_WRITER in names else f"{len(names)}"
+        classes = len(manifest["characters_per_class"][split])
+        lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
+    for reason, skipped in manifest["skipped"].items():
+        lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
+    if missing := manifest.get("not_trained"):
+        lines.append(
+            f"  {len(missing):,} of the charset without training images: "
+            f"{labelled_images.tell(missing, ' ')}"
+        )
+    return "\n".join(lines)
+
+
+def _define_flags() -> flags.FlagValues:
+    """Returns the flags in a set of their own, so that importing this module defines none."""
+    values = flags.FlagValues()
+    flags.DEFINE_list("archives", None, "Zips, folders or .gnt files.", flag_values=values)
+    flags.DEFINE_list(
+        "test_archives",
+        None,
+        "The test split; all writers of --archives are then to train on.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "pictures",
+        None,
+        "Folder of pictures named by character, or a CSV file, in place of archives.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "charset",
+        None,
+        "The characters wanted: level1 (archives' default), chinese, or a text file of them.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of all data sets; created.", flag_values=values)
+    flags.DEFINE_string(
+        "name",
+        None,
+        "Name of the data set: casia_hwdb, or pictures, if not given.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "on_error",
+        "stop",
+        ["stop", "skip"],
+        "At a damaged file or record: stop, or go on with what is sound and count the rest.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace a data set made from other archives.", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    return values
+
+
+def _paths(names: Sequence[str] | None) -> list[Path]:
+    return [Path(name).expanduser() for name in names or ()]
+
+
+def _charset(argument: str | None) -> tuple[str, ...]:
+    """Returns the characters asked for; none for what is usual."""
+    return labelled_images.read_charset(argument) if argument and argument != "level1" else ()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line and returns its exit code: 0 done, 2 wrong input."""
+    start, values = time.monotonic(), _define_flags()
+    try:
+        rest = values(argv)[1:]
+        if values.help:
+            print(f"{__doc__}\nFlags:{values.get_help()}")
+            return 0
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}: paths go in --archives")
+        if values.pictures and (values.archives or values.test_archives):
+            raise InputError("--pictures and --archives make two data sets: give one of them")
+        for required in ("data_dir",) if values.pictures else ("archives", "data_dir"):
+            if not values[required].value:
+                raise InputError(f"--{required} is missing: see --help")
+        prepared = prepare(
+            _paths(values.archives),
+            Path(values.data_dir).expanduser(),
+            values.name or ("pictures" if values.pictures else "casia_hwdb"),
+            values.on_error,
+            values.overwrite,
+            test_archives=_paths(values.test_archives),
+            pictures=Path(values.pictures).expanduser() if values.pictures else None,
+            characters=_charset(values.charset),
+        )
+    except (InputError, flags.Error) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(_summary(prepared, time.monotonic() - start))
+    for fault in prepared.manifest.get("faults", []):
+        print(f"warning: {fault}", file=sys.stderr)
+    for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
+        print(f"warning: are the tags right? {doubt}", file=sys.stderr)
+    return 0

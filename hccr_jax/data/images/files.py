@@ -1,0 +1,181 @@
+"""Pictures as people have them: files, streams and arrays, made into grey values.
+
+The bytes are untrusted: what a file holds is told by its first bytes, its size is known before it
+is decoded, and whatever is wrong with it is an `InputError` of one line.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hccr_jax.data.casia import charset, gnt
+from hccr_jax.data.images.normalize import PAPER
+from hccr_jax.errors import InputError
+
+MAX_PIXELS = 40_000_000  # of a picture; above that it is not decoded
+MAX_BYTES = 1 << 28
+
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
+
+
+class Picture(NamedTuple):
+    """A grey picture.
+
+    Attributes:
+      grey: uint8 (H, W).
+      record: its number in a GNT file; None for a picture of its own.
+      label: the character that a GNT file says it is, or None.
+    """
+
+    grey: np.ndarray
+    record: int | None = None
+    label: str | None = None
+
+
+def read_pictures(stream: BinaryIO, name: str) -> Iterator[Picture]:
+    """Yields the picture of a PNG or JPEG file, or those of a GNT file.
+
+    Args:
+      stream: the file, opened to read bytes; need not be seekable.
+      name: the file's name, for messages.
+
+    Raises:
+      InputError: it is no such file, damaged, or too large.
+    """
+    head = stream.read(gnt.HEADER.size)
+    kind = next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), "")
+    if kind:
+        data = head + stream.read(MAX_BYTES)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"{name}: more than {MAX_BYTES >> 20} MiB")
+        yield Picture(_decode(data, kind, name))
+    elif _is_gnt(head):
+        records = gnt.read_records(_Rejoined(head, stream), name)  # type: ignore[arg-type]
+        for number, record in enumerate(records):
+            yield Picture(record.bitmap, number, charset.tag_to_character(record.tag))
+    else:
+        raise InputError(f"{name}: {'neither a PNG, a JPEG nor a GNT file' if head else 'empty'}")
+
+
+def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
+    """Returns a picture as grey values, composited on white where it is transparent.
+
+    Args:
+      image: of Pillow, in any mode, turned as its EXIF data say; or an array (H, W), (H, W, 1), or
+        (H, W, 3) or (H, W, 4) of red, green, blue and alpha: uint8, bool, or float from 0 to 1.
+      name: for messages.
+
+    Returns:
+      uint8 (H, W).
+
+    Raises:
+      InputError: another shape or dtype, no pixel, too many, or damaged data.
+
+    >>> to_grey(np.array([[[255, 255, 255, 255], [0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)).tolist()
+    [[255, 255, 0]]
+    """
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name)
+    _check_size(image.size, name)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits
+            return (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+        if image.has_transparency_data:
+            grey, alpha = image.convert("RGBA").convert("LA").split()
+            return np.asarray(Image.composite(grey, Image.new("L", grey.size, PAPER), alpha))
+        return np.asarray(image.convert("L"))
+    except (OSError, ValueError, SyntaxError, struct.error, KeyError) as error:
+        raise _damaged(name, error) from error
+
+
+class _Rejoined:
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head, self._stream = head, stream
+
+    def read(self, size: int = -1) -> bytes:
+        head, self._head = self._head, b""
+        if not head:
+            return self._stream.read(size)
+        if size < len(head):
+            head, self._head = head[:size], head[size:]
+            return head
+        return head + self._stream.read(size - len(head))
+
+
+def open_pictures(path: Path) -> Iterator[Picture]:
+    """Yields the pictures of a file, see `read_pictures`.
+
+    Raises:
+      InputError: it cannot be read either.
+    """
+    try:
+        with path.open("rb") as stream:
+            yield from read_pictures(stream, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def _is_gnt(head: bytes) -> bool:
+    if len(head) < gnt.HEADER.size:
+        return False
+    size, _, width, height = gnt.HEADER.unpack(head)
+    return 0 < width * height == size - gnt.HEADER.size
+
+
+def _decode(data: bytes, kind: str, name: str) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are refused below, and of odd metadata
+            image = Image.open(io.BytesIO(data), formats=[kind])
+            _check_size(image.size, name)
+            image.load()
+            return to_grey(image, name)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: more than {MAX_PIXELS // 10**6} million pixels") from error
+    except InputError:
+        raise
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> InputError:
+    return InputError(f"{name}: damaged: {error or type(error).__name__}")
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if not width * height:
+        raise InputError(f"{name}: {width} × {height} pixels: there is nothing to see")
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name}: {width} × {height} pixels: at most {MAX_PIXELS // 10**6} million are read"
+        )
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    channels = array.shape[2:]
+    if array.ndim not in (2, 3) or channels not in ((), (1,), (3,), (4,)):
+        raise InputError(
+            f"{name}: an array of shape {array.shape}: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) "
+            f"is needed"
+        )
+    _check_size((array.shape[1], array.shape[0]), name)
+    values: Any = array[..., 0] if channels == (1,) else array
+    if values.dtype == bool:
+        values = values * np.uint8(PAPER)
+    elif np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1:
+        values = np.rint(values * PAPER).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InputError(
+            f"{name}: an array of {array.dtype}: uint8, bool or float from 0 to 1 is needed"
+        )
+    return Image.fromarray(np.ascontiguousarray(values))

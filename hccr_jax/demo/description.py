@@ -1,0 +1,41 @@
+"""What a browser needs to know of a network to run it by itself."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# ONNX Runtime, beside a page that recognises by itself.
+RUNTIME, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
+STROKES_TYPE = "application/json"
+
+
+def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
+    """Returns model.json of a page that recognises by itself, as launch/build_demo.sh writes it.
+
+    Args:
+      checkpoint: folder of a run, or its folder checkpoints.
+
+    Raises:
+      InputError: there is no such run.
+    """
+    from hccr_jax.inference.pretrained import NORMAL_FORM, load_pretrained
+    from hccr_jax.inference.recognizer import read_temperature
+
+    pretrained = load_pretrained(checkpoint)
+    # The temperature of a run is that of all its answers, and the page has the network alone.
+    alone = pretrained.config.model.mqdf_weight == 0.0
+    temperature = read_temperature(pretrained) if alone else None
+    views = pretrained.network.views
+    maps, weights = (views.maps, views.weights) if views else (np.eye(2)[None], np.ones(1))
+    return {
+        "mode": "browser",
+        "model": "model.onnx",
+        "runtime": RUNTIME,
+        "wasm": WASM,
+        "classes": list(pretrained.classes),
+        "preprocessing": {key: pretrained.config.data[key] for key in NORMAL_FORM},
+        "views": {"maps": maps.tolist(), "weights": weights.tolist()},
+        "temperature": temperature or 1.0,
+        "calibrated": temperature is not None,
+    }

@@ -1,0 +1,122 @@
+"""What should be rejected: fits a rejector to a network and tells what it is worth."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hccr_jax.data import splits, store
+from hccr_jax.data.casia import charset
+from hccr_jax.data.images import normalize
+from hccr_jax.evaluation import negatives
+from hccr_jax.evaluation.distortions import Source
+from hccr_jax.inference.rejector import Rejector
+from hccr_jax.metrics.ranking import auroc
+from hccr_jax.report import plots
+from hccr_jax.runtime import distributed
+
+SEED = 5000  # of all negatives: every network meets the same
+ALPHA = 0.05  # the share of sound characters that the table gives up
+TIMES_CROSSED_OUT = 2  # each character that the rejector is fitted to
+
+FIT_SYMBOLS, NEW_SYMBOLS = (list(negatives.SYMBOLS)[start::2] for start in (0, 1))
+
+# read(images uint8 (N, S, S)) -> (traits (N, D), the probability of the best class (N,))
+Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def evaluate_rejection(
+    read: Read,
+    validation: Source,
+    test: Source,
+    classes: Sequence[str],
+    is_right: np.ndarray,
+    num_images: int,
+    workdir: Path,
+) -> tuple[dict[str, Any], Rejector]:
+    """Fits a rejector to validation writers and tests it on three sets of negatives.
+
+    Args:
+      read: what the network makes of images in normal form.
+      validation: characters that have not trained the network.
+      test: of other writers.
+      classes: that the network knows.
+      is_right: bool (N,), whether it names each character of the test split.
+      num_images: of each set, at most.
+      workdir: gets plots/rejection.png.
+
+    Returns:
+      (results, rejector). The results hold `images`, the numbers of characters to fit and to test;
+      `sound_rejected`, the share of sound ones whose p-value is at most `ALPHA`; and for each of
+      `crossed_out`, `unknown` and `scrawl`: `auroc` against the sound ones, `auroc_of_probability`
+      that of the best class's probability alone, `rejected`, and `kinds`, the AUROC of each; for
+      crossed-out ones also `new_kinds`, that of a rejector fitted without the kind.
+    """
+    rejector, fitted_without, num_fit = _fit(read, validation, num_images)
+    rows = splits.rows_spread(len(is_right), num_images)
+    bitmaps = _bitmaps(test, rows)
+    traits, confidence = read(_forms(bitmaps, test))
+    scores = rejector.scores(traits)
+    drawn = {
+        "crossed_out": negatives.crossed_out(bitmaps, [SEED, 10]),
+        "unknown": negatives.unknown(
+            len(bitmaps), [SEED, 11], NEW_SYMBOLS, sorted(set(charset.level1()) - set(classes))
+        ),
+        "scrawl": negatives.scrawls(len(bitmaps), [SEED, 12]),
+    }
+    results: dict[str, Any] = {
+        "images": {"fit": num_fit, "test": len(rows)},
+        "sound_rejected": float((rejector.p_values(scores) <= ALPHA).mean()),
+    }
+    against, right = {}, is_right[rows]
+    for name, (spoilt, kinds) in drawn.items():
+        spoilt_traits, spoilt_confidence = read(_forms(spoilt, test))
+        others = rejector.scores(spoilt_traits)
+        against[name] = others
+        results[name] = {
+            "auroc": auroc(scores, others),
+            "auroc_of_probability": auroc(confidence, spoilt_confidence),
+            "rejected": float((rejector.p_values(others) <= ALPHA).mean()),
+            "kinds": {str(k): auroc(scores, others[kinds == k]) for k in np.unique(kinds)},
+        }
+        if name == "crossed_out":
+            results[name]["new_kinds"] = {
+                kind: auroc(other.scores(traits), other.scores(spoilt_traits[kinds == kind]))
+                for kind, other in fitted_without.items()
+                if kind in kinds
+            }
+    if distributed.is_first():
+        plots.write_rejection(workdir, scores, right, against)
+    return results, rejector
+
+
+def _fit(read: Read, source: Source, num_images: int) -> tuple[Rejector, dict[str, Rejector], int]:
+    """Returns a rejector, one for each kind of crossing out that has not seen it, and on how many.
+
+    The characters are crossed out more than once, each time in another manner.
+    """
+    counts = store.read_manifest(source.name, source.data_dir)["characters_per_split"]
+    count = sum(counts[part] for part in source.split.split("+"))
+    bitmaps = _bitmaps(source, splits.rows_spread(count, num_images))
+    sound, _ = read(_forms(bitmaps, source))
+    parts, kinds = [], []
+    for spoilt, drawn in (
+        *(negatives.crossed_out(bitmaps, [SEED, number]) for number in range(TIMES_CROSSED_OUT)),
+        negatives.unknown(-(-len(bitmaps) // 2), [SEED, 8], FIT_SYMBOLS),
+        negatives.scrawls(-(-len(bitmaps) // 2), [SEED, 9]),
+    ):
+        parts.append(read(_forms(spoilt, source))[0])
+        kinds.append(drawn)
+    crossed, kind = np.concatenate(parts), np.concatenate(kinds)
+    without = {k: Rejector.fit(sound, crossed[kind != k]) for k in negatives.CROSSINGS}
+    return Rejector.fit(sound, crossed), without, len(bitmaps)
+
+
+def _bitmaps(source: Source, rows: np.ndarray) -> list[np.ndarray]:
+    return splits.load_bitmaps(source.name, source.data_dir, source.split, rows)
+
+
+def _forms(bitmaps: Sequence[np.ndarray], source: Source) -> np.ndarray:
+    form = source.image_px, source.margin_px, source.aspect
+    return np.stack([normalize.normal_form(bitmap, *form) for bitmap in bitmaps])

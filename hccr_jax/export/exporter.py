@@ -1,0 +1,303 @@
+"""Exports a trained network for other runtimes, and holds the file against the network."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+import hccr_jax
+from hccr_jax import config as config_lib
+from hccr_jax.data.images import normalize
+from hccr_jax.data.splits import Split
+from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.errors import InputError
+from hccr_jax.export import litert_file, onnx_file, safetensors_file, stablehlo_file
+from hccr_jax.export.graph import fold
+from hccr_jax.inference.network import create_module
+from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
+from hccr_jax.inference.steps import to_float
+from hccr_jax.models.registry import split_model
+from hccr_jax.runtime.checkpoints import check_classes
+
+# The dtypes, the optional packages and their extra, of each format.
+FORMATS = {
+    "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime"), "export"),
+    "litert": (("float32", "float16", "int8"), ("flatbuffers", "ai_edge_litert"), "litert"),
+    "stablehlo": (("float32", "float16"), ("flatbuffers",), "export"),
+    "safetensors": (("float32", "float16"), ("safetensors",), "export"),
+}
+# How far probabilities may lie from the golden ones; those of int8 depend on how a runtime rounds.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
+GOLDEN_PAIRS = 16
+CALIBRATION_IMAGES = 2048
+BATCH = 128
+TIMED, WARM_UP = 200, 20  # of one image alone
+
+Answer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, S, S) to probabilities (B, K)
+
+
+class Golden(NamedTuple):
+    """What lies beside an exported file.
+
+    Attributes:
+      images: uint8 (16, S, S), characters of a simulated writer, evenly from all classes.
+      probabilities: float32 (16, K), the file's answers when it was written.
+      reference: float32 (16, K), those of the checkpoint's network in float32.
+      description: what the network is and what it takes, JSON.
+    """
+
+    images: np.ndarray
+    probabilities: np.ndarray
+    reference: np.ndarray
+    description: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How an exported file differs from the checkpoint.
+
+    Attributes:
+      count: characters of the test split.
+      difference: the largest one of a probability, on the split.
+      top1: of the file (share of 1).
+      reference_top1: of the checkpoint.
+      golden_difference: the largest one from the golden answers.
+      tolerance: of the golden answers.
+      milliseconds: median time of one image alone; of ONNX and LiteRT on one core.
+    """
+
+    count: int
+    difference: float
+    top1: float
+    reference_top1: float
+    golden_difference: float
+    tolerance: float
+    milliseconds: float
+
+    def passed(self) -> bool:
+        """Returns whether the file gives the golden answers."""
+        return self.golden_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        change = 100 * (self.top1 - self.reference_top1)
+        return (
+            f"  {self.count:,} test characters: largest difference of a probability "
+            f"{self.difference:.2g}; top-1 {self.reference_top1:.2%} of the checkpoint, "
+            f"{self.top1:.2%} of the file ({change:+.2f} points)\n"
+            f"  golden pairs: largest difference {self.golden_difference:.2g}, tolerance "
+            f"{self.tolerance:g}: {'passed' if self.passed() else 'FAILED'}\n"
+            f"  one image alone: {self.milliseconds:.2f} ms, median of {TIMED}"
+        )
+
+
+def trained_module(pretrained: Pretrained) -> nnx.Module:
+    """Returns a trained network as a Flax module that computes in float32."""
+    config = pretrained.config.copy_and_resolve_references()
+    config.model.dtype = "float32"
+    model = create_module(config, len(pretrained.classes))
+    network = pretrained.network
+    for kind, values in ((nnx.Param, network.params), (nnx.BatchStat, network.batch_stats)):
+        state = nnx.state(model, kind)
+        nnx.replace_by_pure_dict(state, values)
+        nnx.update(model, state)
+    return model
+
+
+def export(
+    pretrained: Pretrained,
+    file_format: str,
+    output: Path,
+    dtype: str = "float32",
+    calibration: np.ndarray | None = None,
+) -> Golden:
+    """Writes a network to a file, and what belongs to it beside.
+
+    Args:
+      pretrained: the network.
+      file_format: of `FORMATS`.
+      output: the file.
+      dtype: one of the format's.
+      calibration: uint8 (N, S, S) in normal form, for int8.
+
+    Returns:
+      What lies beside the file.
+
+    Raises:
+      InputError: this network cannot be exported.
+      FloatingPointError: the file's answers are not the network's; nothing was written.
+    """
+    model = trained_module(pretrained)
+    layers = fold(model)
+    description = describe(pretrained, dtype)
+    images = golden_images(pretrained)
+    image_px = pretrained.config.data.image_px
+    part = output.with_name(f"{output.name}.part")
+    try:
+        match file_format:
+            case "onnx":
+                onnx_file.write(part, layers, image_px, description, dtype, calibration)
+            case "litert":
+                litert_file.write(part, layers, image_px, description, dtype)
+            case "stablehlo":
+                stablehlo_file.write(part, layers, image_px, dtype)
+            case "safetensors":
+                safetensors_file.write(part, layers, description, dtype)
+        probabilities, reference = _open(part, file_format)(images), _reference(model)(images)
+        difference = np.abs(probabilities - reference).max()
+        # What fewer digits cost is for the user to judge, unless the answers are no numbers.
+        if not difference <= (TOLERANCES[dtype] if dtype == "float32" else 1.0):
+            raise FloatingPointError(
+                f"{output}: not written: in {dtype} its probabilities differ from the checkpoint's "
+                f"by {difference:.2g}"
+            )
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    golden = Golden(images, probabilities, reference, description)
+    text = json.dumps(description, ensure_ascii=False)
+    np.savez_compressed(_golden_path(output), **golden._asdict() | {"description": np.array(text)})
+    return golden
+
+
+def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split) -> Verification:
+    """Returns how an exported file differs from the checkpoint it was made from.
+
+    Args:
+      pretrained: the checkpoint's network.
+      file_format: of the file, of `FORMATS`.
+      output: the file; its golden pairs lie beside it.
+      split: to compare on.
+
+    Raises:
+      InputError: the file or its golden pairs are missing or damaged, or they, the checkpoint and
+        the split have different classes.
+    """
+    golden = read_golden(output)
+    check_classes(golden.description["classes"], pretrained.classes, output)
+    check_classes(pretrained.classes, split.classes, pretrained.source)
+    answer = _open(output, file_format)
+    reference = _reference(trained_module(pretrained))
+    ours, theirs = (_in_batches(function, split.images) for function in (answer, reference))
+    return Verification(
+        count=len(split.labels),
+        difference=float(np.abs(ours - theirs).max()),
+        top1=float((ours.argmax(1) == split.labels).mean()),
+        reference_top1=float((theirs.argmax(1) == split.labels).mean()),
+        golden_difference=float(np.abs(answer(golden.images) - golden.probabilities).max()),
+        tolerance=golden.description["tolerance"],
+        milliseconds=_latency(_open(output, file_format, threads=1), golden.images[:1]),
+    )
+
+
+def describe(pretrained: Pretrained, dtype: str) -> dict[str, Any]:
+    """Returns what a program needs to know to use a network, as a JSON object."""
+    config = pretrained.config
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.network.params))
+    return {
+        "version": hccr_jax.__version__,
+        "model": {"name": config.model.name} | config_lib.model_options(config),
+        "dtype": dtype,
+        "parameters": parameters,
+        "multiply_adds": pretrained.network.multiply_adds,
+        "step": pretrained.step,
+        "validation": pretrained.validation,
+        "data": config.data.name,
+        "input": "images: uint8 (batch, image_px, image_px), ink 255, paper 0",
+        "outputs": "logits and probabilities: float32 (batch, number of classes)",
+        "preprocessing": {key: config.data[key] for key in NORMAL_FORM}
+        | {"ink": 255, "paper": 0, "divided_by_in_the_network": 255},
+        "tolerance": TOLERANCES[dtype],
+        "classes": list(pretrained.classes),
+    }
+
+
+def golden_images(pretrained: Pretrained) -> np.ndarray:
+    """Returns uint8 (16, S, S): characters in normal form, always the same for the same classes."""
+    classes, data = pretrained.classes, pretrained.config.data
+    writer, rng = create_writer(0), np.random.default_rng(0)
+    rows = np.linspace(0, len(classes) - 1, GOLDEN_PAIRS).round().astype(int)
+    form = [data[key] for key in NORMAL_FORM]
+    return np.stack([normalize.normal_form(draw(classes[row], writer, rng), *form) for row in rows])
+
+
+def read_golden(output: Path) -> Golden:
+    """Returns what lies beside an exported file.
+
+    Raises:
+      InputError: nothing does, or it is damaged.
+    """
+    path = _golden_path(output)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it is written together with {output.name}")
+    try:
+        with np.load(path) as arrays:
+            golden = Golden(*(arrays[name] for name in Golden._fields))
+        return golden._replace(description=json.loads(str(golden.description)))
+    except Exception as error:  # a damaged archive raises anything
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def _golden_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.golden.npz")
+
+
+def _latency(answer: Answer, image: np.ndarray) -> float:
+    """Returns the median time of an answer to one image (1, S, S) in milliseconds."""
+    seconds = []
+    for _ in range(TIMED + WARM_UP):
+        start = time.perf_counter()
+        answer(image)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds[WARM_UP:])
+
+
+def _open(path: Path, file_format: str, threads: int = 0) -> Answer:
+    """Returns an exported file's network, in the runtime of its format.
+
+    Args:
+      path: the file.
+      file_format: of `FORMATS`.
+      threads: of ONNX Runtime and LiteRT; 0 for one a core.
+    """
+    loaders: dict[str, Callable[[Path], Answer]] = {
+        "onnx": functools.partial(onnx_file.load, threads=threads),
+        "litert": functools.partial(litert_file.load, threads=threads),
+        "stablehlo": stablehlo_file.load,
+        "safetensors": safetensors_file.load,
+    }
+    if not path.is_file():
+        raise InputError(f"--output={path}: no such file; without --verify it is written")
+    try:
+        return loaders[file_format](path)
+    except Exception as error:  # each runtime has exceptions of its own
+        raise InputError(f"{path}: not a sound {file_format} file: {error}") from error
+
+
+def _reference(model: nnx.Module) -> Answer:
+    """Returns the checkpoint's network, each batch norm still by itself."""
+    apply, params, batch_stats = split_model(model)
+
+    @jax.jit
+    def answer(params, batch_stats, images):
+        with jax.default_matmul_precision("highest"):
+            logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+        return jax.nn.softmax(logits)
+
+    return lambda images: np.asarray(answer(params, batch_stats, images))
+
+
+def _in_batches(answer: Answer, images: np.ndarray) -> np.ndarray:
+    """Returns the answers to all images; a last batch is filled up, so that one program serves."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        rows = np.minimum(np.arange(start, start + BATCH), len(images) - 1)
+        parts.append(answer(images[rows]))
+    return np.concatenate(parts)[: len(images)]

@@ -1,0 +1,125 @@
+"""Trained networks: a run's best weights with all that is needed to use them, or to start from."""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from hccr_jax import config as config_lib
+from hccr_jax.errors import InputError
+from hccr_jax.inference.network import Network, create_network
+from hccr_jax.models.registry import without_mqdf
+from hccr_jax.runtime import sharding
+from hccr_jax.runtime.checkpoints import Checkpoints
+
+EVAL_DEFAULTS = {"views": 1, "flip_views": False, "upright_prior": 0.25}
+NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained network.
+
+    Attributes:
+      network: with the trained parameters and the batch statistics to evaluate with.
+      classes: the characters, in the order of the logits.
+      config: the one asked for, with the network and the normal form of the run that trained it.
+      step: that the weights are of.
+      validation: the scores that chose the step; empty where nothing was validated.
+      source: the folder of the checkpoint.
+    """
+
+    network: Network
+    classes: tuple[str, ...]
+    config: ConfigDict
+    step: int
+    validation: dict[str, float]
+    source: Path
+
+
+def find_checkpoints(path: str | Path, source: str = "") -> Path:
+    """Returns the folder of a run's checkpoints.
+
+    Args:
+      path: that folder, or the run's.
+      source: where the path comes from, as in "config.init_from=", to begin the error with.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if not folder.is_dir():
+        raise InputError(
+            f"{source}{folder}: no such folder; give the --workdir of a run, or its folder "
+            f"checkpoints"
+        )
+    return folder
+
+
+def load_pretrained(
+    path: str | Path, config: ConfigDict | None = None, network: Network | None = None
+) -> Pretrained:
+    """Returns the network of the best step of a run.
+
+    Args:
+      path: folder of a run, or its folder checkpoints.
+      config: how to use it; the network, the images' normal form, the training split and which of
+        its labels were shuffled are the run's own. None: as the run itself evaluates.
+      network: of that run, where it is at hand, compiled.
+
+    Raises:
+      InputError: there is no such folder, or no whole checkpoint in it.
+    """
+    folder = find_checkpoints(path)
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise InputError(
+                f"{folder}: no checkpoint in this folder; give the --workdir of a run that has "
+                f"saved one, or its folder checkpoints"
+            )
+        about = checkpoints.about(step)
+        trained, classes = about["config"], tuple(about["classes"])
+        if unknown := [key for key in trained["model"] if f"model.{key}" not in config_lib.RULES]:
+            raise InputError(
+                f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
+                f"have the option {unknown[0]}"
+            )
+        if config is None:
+            config = ConfigDict({**trained, "model": config_lib.MODEL_DEFAULTS | trained["model"]})
+            config.eval = ConfigDict(EVAL_DEFAULTS | trained["eval"])
+        config = config.copy_and_resolve_references()
+        # What an older run does not name was as the defaults are.
+        config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
+        own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
+        # The seed tells which labels were shuffled.
+        kept = (*NORMAL_FORM, "label_noise", "train_split")
+        config.data.update({key: own[key] for key in kept})
+        config.seed = trained["seed"]
+        network = network or create_network(config, len(classes))
+        like = {"params": network.params, "eval_batch_stats": network.batch_stats}
+        items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
+        network = dataclasses.replace(
+            network, params=items["params"], batch_stats=items["eval_batch_stats"]
+        )
+        scores = checkpoints.metrics(step)
+    return Pretrained(network, classes, config, step, scores, folder / str(step))
+
+
+def weigh_second(pretrained: Pretrained, weight: float) -> Pretrained:
+    """Returns a network with another weight of the classical recogniser that it has beside it.
+
+    Args:
+      pretrained: a network with it.
+      weight: 0 for the network alone.
+    """
+    config = pretrained.config.copy_and_resolve_references()
+    config.model.mqdf_weight = weight
+    statistics = pretrained.network.batch_stats
+    network = dataclasses.replace(
+        create_network(config, len(pretrained.classes)),
+        params=pretrained.network.params,
+        batch_stats=statistics if weight > 0.0 else without_mqdf(statistics),
+    )
+    return dataclasses.replace(pretrained, config=config, network=network)

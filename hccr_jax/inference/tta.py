@@ -1,0 +1,36 @@
+"""Test-time augmentation: the ways in which an image is shown to a network."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from hccr_jax.ops.warp import rotation_matrix
+
+
+class Views(NamedTuple):
+    """How one image is seen at test time.
+
+    Attributes:
+      maps: float32 (V, 2, 2), for `warp`.
+      weights: float32 (V,).
+    """
+
+    maps: np.ndarray
+    weights: np.ndarray
+
+
+def create_views(count: int, flips: bool, upright_prior: float = 0.25) -> Views:
+    """Returns the views of an image.
+
+    Args:
+      count: the first so many of: as it is, turned by 6° either way, smaller by 8 %, larger by 8 %.
+      flips: each of them as it is, mirrored along either axis, and along both.
+      upright_prior: with flips, the probability that an image is as written, not mirrored.
+    """
+    turn = [np.asarray(rotation_matrix(jnp.deg2rad(angle))) for angle in (6.0, -6.0)]
+    maps = np.stack([np.eye(2), *turn, np.eye(2) * 0.92, np.eye(2) * 1.08])[:count]
+    mirrors = [np.diag([x, y]) for x in (1, -1) for y in (1, -1)] if flips else [np.eye(2)]
+    priors = [upright_prior, *[(1 - upright_prior) / 3] * 3] if flips else [1.0]
+    maps = np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
+    return Views(maps, np.repeat(np.array(priors, np.float32), count))

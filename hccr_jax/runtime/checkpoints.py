@@ -1,0 +1,257 @@
+"""Checkpoints: Orbax behind one small face."""
+
+import concurrent.futures
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from hccr_jax.errors import InputError
+from hccr_jax.runtime import checkpoint_seal, distributed
+
+BEST_METRIC = "top1"
+ASIDE = ".damaged"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder; a context manager that waits for the last save.
+
+    A step holds named pytrees of arrays, each of which can be restored alone, its validation
+    metrics, and `about`, a JSON object that travels with them (the class list, the config). Saving
+    happens in the background; a step appears whole or not at all. Its last file is a manifest of
+    all others, and a step that does not agree with its manifest is passed over, by name.
+    """
+
+    def __init__(self, folder: str | Path, keep_latest: int = 0, keep_best: int = 0) -> None:
+        """Opens the folder.
+
+        Args:
+          folder: made if steps are to be saved; what a killed run left unfinished is removed then.
+          keep_latest: newest steps to keep; 0 opens the folder to read only, where a run may be
+            writing at the same time.
+          keep_best: steps of the highest validation top-1 to keep; while fewer have one, the newest
+            of the others fill their place.
+        """
+        self.folder = Path(folder).absolute()
+        self._keep = keep_latest, keep_best
+        self._writes = keep_latest > 0 and distributed.is_first()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._sound: dict[int, bool] = {}
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
+
+    def save(
+        self,
+        step: int,
+        items: dict[str, Any],
+        about: dict[str, Any],
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Starts saving a step; returns once the arrays are copied.
+
+        Args:
+          step: one that is there already is replaced.
+          items: pytrees of arrays by name; empty ones are left out, since Orbax refuses them.
+          about: JSON object.
+          metrics: of the validation, with "top1"; None where there was none at this step.
+
+        Raises:
+          OSError: the save before, or this one, failed; its step does not exist.
+        """
+        self.wait()
+        arguments: dict[str, Any] = {
+            name: ocp.args.StandardSave(item)
+            for name, item in items.items()
+            if jax.tree.leaves(item)  # Orbax refuses an empty one, as of a network without norms
+        }
+        arguments["about"] = ocp.args.JsonSave(about)
+        arguments["metrics"] = ocp.args.JsonSave(metrics or {})
+        try:
+            path, whole = self.folder / str(step), ocp.args.Composite(**arguments)
+            self._checkpointer.save(path, whole, force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = step, self._finisher.submit(self._finish, step)
+
+    def check(self) -> None:
+        """Raises OSError where a save has failed since; does not wait for one under way."""
+        if self._saving and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          OSError: it failed; its step does not exist.
+        """
+        if not self._saving:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def steps(self) -> list[int]:
+        """Returns the sound steps there are, ascending, once one under way is saved."""
+        self.wait()
+        return self._sound_steps()
+
+    def best_step(self) -> int | None:
+        """Returns the step of the highest validation top-1, or the latest if none was validated.
+
+        With several processes all must ask, in step, and get the first one's answer.
+        """
+        return self._agree(lambda: max(self.steps(), key=self._rank, default=None))
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step, or None; asked as `best_step`."""
+        return self._agree(lambda: max(self.steps(), default=None))
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation metrics saved with a step; empty where there were none."""
+        return self._read(step, "metrics")
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Returns the JSON object saved with a step."""
+        return self._read(step, "about")
+
+    def restore(self, step: int, like: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
+        """Returns items of a step, bit for bit as saved, placed as `sharding` says.
+
+        Args:
+          step: one of `steps()`.
+          like: for each item wanted, a pytree with the structure, shapes and dtypes to restore.
+          sharding: of every array; may differ from that of the saving run.
+
+        Raises:
+          InputError: the step holds other arrays than `like`.
+        """
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+        )
+        arguments = {
+            name: ocp.args.StandardRestore(item)
+            for name, item in target.items()
+            if jax.tree.leaves(item)
+        }
+        try:
+            restored = self._checkpointer.restore(
+                self.folder / str(step), args=ocp.args.Composite(**arguments)
+            )
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split()).split(". ")[0][:200]
+            raise InputError(
+                f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
+            ) from error
+        return {name: restored[name] if name in arguments else like[name] for name in like}
+
+    def _agree(self, choose: Callable[[], int | None]) -> int | None:
+        self.wait()
+        step = choose() if distributed.is_first() else None
+        agreed = distributed.agree(-1 if step is None else step)
+        return None if agreed < 0 else agreed
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        return self.metrics(step).get(BEST_METRIC, -math.inf), step
+
+    def _finish(self, step: int) -> None:
+        """Seals a step once it is written, and only then removes the older ones."""
+        self._checkpointer.wait_until_finished()
+        if not self._writes:
+            return
+        checkpoint_seal.write_manifest(self.folder / str(step))
+        self._sound[step] = True
+        steps, (latest, best) = self._sound_steps(), self._keep
+        ranked = sorted(steps, key=self._rank, reverse=True)
+        for old in set(steps) - {*steps[-latest:], *ranked[:best]}:
+            shutil.rmtree(self.folder / str(old))
+
+    def _sound_steps(self) -> list[int]:
+        return [step for step in find_steps(self.folder) if self._is_sound(step)]
+
+    def _is_sound(self, step: int) -> bool:
+        """Returns whether a step is as it was written; one that is not is named and put aside."""
+        if step not in self._sound:
+            path = self.folder / str(step)
+            damage = checkpoint_seal.find_damage(path)
+            self._sound[step] = damage is None
+            if damage:
+                print(f"{path}: damaged ({damage}): passed over", file=sys.stderr)
+                if self._writes:
+                    aside = path.with_name(path.name + ASIDE)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        return self._sound[step]
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a run that was killed while it saved has left behind."""
+        for path in self.folder.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path) or (
+                _is_step(path) and not checkpoint_seal.has(path)
+            ):
+                shutil.rmtree(path)
+
+    def _failure(self, step: int, error: Exception) -> OSError:
+        if self._writes:
+            self._remove_unfinished()
+        reason = " ".join(str(error).split())[:300]
+        return OSError(f"{self.folder / str(step)}: could not be saved: {reason}")
+
+    def _read(self, step: int, name: str) -> dict[str, Any]:
+        # Not through Orbax, which would wait for the other processes.
+        return json.loads((self.folder / str(step) / name / "metadata").read_bytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._checkpointer.close()
+
+
+def find_steps(folder: Path) -> list[int]:
+    """Returns the finished steps in a folder, ascending; it may be missing."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in there if _is_step(path) and checkpoint_seal.has(path))
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal() and path.is_dir()
+
+
+def check_classes(saved: Sequence[str], current: Sequence[str], source: str | Path) -> None:
+    """Checks that a checkpoint and a data set mean the same characters by the same numbers.
+
+    Raises:
+      InputError: names the checkpoint and the first difference.
+    """
+    if list(saved) == list(current):
+        return
+    pairs = enumerate(zip(saved, current, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(saved), len(current)))
+    theirs = saved[place] if place < len(saved) else "none"
+    ours = current[place] if place < len(current) else "none"
+    raise InputError(
+        f"{source}: trained on another class list ({len(saved)} classes, the data set has "
+        f"{len(current)}; class {place} is {theirs} there and {ours} here)"
+    )

@@ -1,0 +1,278 @@
+"""A config made concrete: its data, network and functions."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from hccr_jax import config as config_lib
+from hccr_jax.config import Steps
+from hccr_jax.data.from_config import load, load_training
+from hccr_jax.data.splits import Split
+from hccr_jax.errors import InputError
+from hccr_jax.evaluation.evaluate import read_outputs
+from hccr_jax.inference.network import Network, create_network
+from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrained
+from hccr_jax.inference.steps import make_logits_step, to_float
+from hccr_jax.runtime import distributed, sharding
+from hccr_jax.runtime.checkpoints import check_classes
+from hccr_jax.runtime.rng import AUGMENT, row_keys
+from hccr_jax.runtime.startup import Timeline
+from hccr_jax.train import optim
+from hccr_jax.train.augment import make_augment, make_is_mirrored
+from hccr_jax.train.fit_mqdf import fit_beside
+from hccr_jax.train.init_from import start_from, tell_start
+from hccr_jax.train.input_pipeline import FEEDS, Feed, choose_placement
+from hccr_jax.train.state import TrainState, create_train_state
+from hccr_jax.train.step import Augment, make_statistics_step, make_train_call, make_train_step
+
+_ONCE_ROWS = 2048  # augmented at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a training run needs.
+
+    Attributes:
+      config: passed by `config.check`.
+      network: see there.
+      train, validation, test: the splits.
+      steps: lengths of everything.
+      augment: from `augment.make_augment`.
+      schedule: learning rate by step.
+      train_call, statistics_step: from `train_step`; jitted.
+      feed: the batches of its calls.
+      teachers: further arguments of its calls: none, or a teacher's (params, batch_stats).
+      initial: the state before the first step.
+    """
+
+    config: ConfigDict
+    network: Network
+    train: Split
+    validation: Split
+    test: Split
+    steps: Steps
+    augment: Augment
+    schedule: Callable[[Any], Any]
+    train_call: Any
+    feed: Feed
+    teachers: tuple[Any, ...]
+    statistics_step: Callable[..., Any]
+    initial: TrainState
+
+
+def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) -> Job:
+    """Returns everything a training run needs; data sets are put into normal form on first use.
+
+    Args:
+      config: passed by `config.check`.
+      timeline: gets the phases "data" and "network".
+      resumes: the state will come from a checkpoint, so `init_from` is not needed.
+
+    Raises:
+      InputError: the data or the config's numbers do not fit.
+    """
+    data = config.data
+    train = load_training(config)
+    validation, test = (load(config, name) for name in (data.validation_split, data.test_split))
+    timeline.lap("data")
+    steps = config_lib.resolve(config, len(train.labels))
+    network = create_network(config, len(train.classes))
+    if not resumes:
+        network = _start(network, config, train)
+    teacher = None
+    if config.teacher.checkpoint:
+        teacher, form = _load_teacher(config, train)
+        if config.teacher.once:
+            seen = load_training(form).images
+            train, teacher = dataclasses.replace(train, answers=_ask(teacher, seen)), None
+    optimizer, schedule = _create_optimizer(config, steps)
+    augment: Augment = make_augment(**augment_options(config))
+    is_unknown = None
+    if config.loss.mirrored_unknown:
+        flips = config.augment.flip_left_right_prob, config.augment.flip_up_down_prob
+        is_unknown = make_is_mirrored(*flips)
+    if config.augment.once:
+        train = augment_once(train, augment, config.seed)
+        augment = _leave
+    train_step = make_train_step(
+        network.apply,
+        optimizer,
+        augment,
+        network.mesh,
+        label_smoothing=config.loss.label_smoothing,
+        noise_rate=config.loss.noise_rate,
+        batch_norm_momentum=config.model.batch_norm_momentum,
+        batch_norm_ramp=config.model.batch_norm_ramp,
+        global_batch_norm=config.model.batch_norm == "global",
+        accumulation_steps=config.gradient_accumulation_steps,
+        reduce_dtype=jnp.dtype(config.reduce_dtype),
+        strict_shards=config_lib.strict_shards(config),
+        average_decay=config.optimizer.average_decay,
+        is_unknown=is_unknown,
+        teacher=teacher.apply if teacher else None,
+        has_answers=train.answers is not None,
+        teacher_weight=config.teacher.weight,
+        teacher_temperature=config.teacher.temperature,
+    )
+    longest = steps_per_call(config)
+    placement = choose_placement(data.placement, train, network.mesh)
+    feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
+    state = create_train_state(
+        network.params,
+        network.batch_stats,
+        optimizer,
+        config.optimizer.average_decay > 0,
+        config.seed,
+    )
+    state = jax.device_put(state, sharding.replicated(network.mesh))
+    timeline.lap("network")
+    return Job(
+        config=config,
+        network=network,
+        train=train,
+        validation=validation,
+        test=test,
+        steps=steps,
+        augment=augment,
+        schedule=schedule,
+        train_call=make_train_call(train_step, feed.pick, longest),
+        feed=feed,
+        teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
+        statistics_step=make_statistics_step(
+            network.apply,
+            augment,
+            network.mesh,
+            strict_shards=config_lib.strict_shards(config),
+        ),
+        initial=state,
+    )
+
+
+def _start(network: Network, config: ConfigDict, train: Split) -> Network:
+    """Returns a network with all that it is to have before its first step."""
+    if config.init_from:
+        pretrained = load_pretrained(config.init_from, config)
+        network = start_from(network, train.classes, pretrained)
+        print(tell_start(train.classes, pretrained, config))
+    if config.model.mqdf_weight > 0.0:
+        network = _fit_second(network, train)
+    return network
+
+
+def _fit_second(network: Network, train: Split) -> Network:
+    """Returns a network whose classical recogniser beside it is fitted."""
+    fitted = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
+    return dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": fitted})
+
+
+def add_second(pretrained: Pretrained, weight: float) -> Pretrained:
+    """Returns a trained network with the classical recogniser beside it, as if trained with it.
+
+    Args:
+      pretrained: a network alone; its config tells where the data lie.
+      weight: of the recogniser.
+
+    Raises:
+      InputError: it is the classical recogniser itself, or the data are missing.
+    """
+    config = pretrained.config.copy_and_resolve_references()
+    config.model.mqdf_weight = weight
+    train = load_training(config)
+    check_classes(pretrained.classes, train.classes, pretrained.source)
+    network = create_network(config, len(train.classes))
+    network = start_from(network, pretrained.classes, pretrained)
+    print(f"{pretrained.source}: MQDF is set beside the network, with weight {weight:g}")
+    return dataclasses.replace(pretrained, config=config, network=_fit_second(network, train))
+
+
+def _create_optimizer(
+    config: ConfigDict, steps: Steps
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimiser of a config, and its learning rate by step."""
+    options = config.optimizer
+    factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
+    schedule = optim.make_schedule(
+        options.schedule,
+        options.learning_rate * factor,
+        total_steps=steps.total,
+        warmup_steps=steps.warmup,
+        decay_rate=options.decay_rate,
+        decay_steps=steps.decay,
+        staircase=options.staircase,
+        end_learning_rate=options.end_learning_rate * factor,
+    )
+    optimizer = optim.make_optimizer(
+        options.name, schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+    return optimizer, schedule
+
+
+def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict]:
+    """Returns the network to learn from, and the config with the normal form that it sees.
+
+    It must mean the same classes and, if asked in every step, see the same images.
+    """
+    teacher = load_pretrained(config.teacher.checkpoint, config)
+    check_classes(teacher.classes, train.classes, teacher.source)
+    seen = config.copy_and_resolve_references()
+    seen.data.update({key: teacher.config.data[key] for key in NORMAL_FORM})
+    for key in NORMAL_FORM:
+        if seen.data[key] != config.data[key] and not config.teacher.once:
+            raise InputError(
+                f"{teacher.source}: a teacher trained with data.{key}={seen.data[key]!r} cannot "
+                f"judge images of data.{key}={config.data[key]!r}; with "
+                f"--config.teacher.once=True it is asked about its own"
+            )
+    return teacher.network, seen
+
+
+def _ask(teacher: Network, images: np.ndarray) -> np.ndarray:
+    """Returns a teacher's logits for images as they are, float16 (N, K)."""
+    step = make_logits_step(teacher.apply, teacher.mesh)
+    size = teacher.eval_batch_size
+    outputs = read_outputs(step, teacher.params, teacher.batch_stats, images, size, teacher.mesh)
+    batches = tqdm(
+        outputs, "asking the teacher", math.ceil(len(images) / size), leave=False, unit="batch",
+        disable=not distributed.is_first(),
+    )  # fmt: skip
+    return np.concatenate([logits.astype(np.float16) for (logits,) in batches])
+
+
+def augment_options(config: ConfigDict) -> dict[str, float]:
+    """Returns the arguments of `augment.make_augment` that a config asks for."""
+    return {key: value for key, value in config.augment.items() if key != "once"}
+
+
+def augment_once(split: Split, augment: Augment, seed: int) -> Split:
+    """Returns a split whose images are augmented, each as row i of training step 0 would be.
+
+    Args:
+      split: its augmented images lie in this process's memory, as uint8.
+      augment: from `augment.make_augment`.
+      seed: of the run.
+    """
+    count = len(split.labels)
+    keys = row_keys(seed, AUGMENT, jnp.int32(0), count)
+    run = jax.jit(lambda keys, images: jnp.rint(255.0 * augment(keys, to_float(images))))
+    images = np.empty_like(split.images, subok=False)
+    for start in range(0, count, _ONCE_ROWS):
+        rows = slice(start, start + _ONCE_ROWS)
+        images[rows] = run(keys[rows], split.images[rows])
+    return dataclasses.replace(split, images=images)
+
+
+def _leave(keys: jax.Array, images: jax.Array) -> jax.Array:
+    return images
+
+
+def steps_per_call(config: ConfigDict) -> int:
+    """Returns the most steps of a call; the automatic choice hides an accelerator's host."""
+    return config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
