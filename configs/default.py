@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     # The batch in so many parts, one after the other, where it does not fit in memory at once; each
     # part has batch-norm statistics of its own.
     config.gradient_accumulation_steps = 1
-    config.steps_per_call = 0  # steps in one compiled call; 0: 1 on a CPU, 50 on accelerators
+    config.steps_per_execution = 0  # steps in one compiled call; 0: 1 on a CPU, 50 on accelerators
     config.log_every_steps = 50
     # A step that takes longer is taken for stuck, and ends the run with the stacks of all threads;
     # compiling, an evaluation and a save may take ten times as long. 0: no watch.
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
 
     config.data = ConfigDict()
-    config.data.name = "casia_hwdb"  # or "strokes", made on first use
+    config.data.name = "casia_hwdb"  # or "synthetic", made on first use
     config.data.data_dir = "data"
     config.data.image_px = 64
     config.data.margin_px = 4  # free at each border
@@ -67,12 +67,12 @@ def get_config() -> ConfigDict:
     # This share of the training labels, at random, is made wrong, to measure what that costs.
     config.data.label_noise = 0.0
     # Trains on simulated writers as well, on those of their characters that the data set has.
-    config.data.mix_strokes = False
-    config.data.strokes = ConfigDict()
-    config.data.strokes.num_characters = 3755  # the first ones in Unicode order
-    config.data.strokes.num_train_writers = 240
-    config.data.strokes.num_test_writers = 60
-    config.data.strokes.haste = 1.0  # as hurried as CASIA's writers; less is neater
+    config.data.mix_synthetic = False
+    config.data.synthetic = ConfigDict()
+    config.data.synthetic.num_characters = 3755  # the first ones in Unicode order
+    config.data.synthetic.num_train_writers = 240
+    config.data.synthetic.num_test_writers = 60
+    config.data.synthetic.cursiveness = 1.0  # as hurried as CASIA's writers; less is neater
 
     config.augment = ConfigDict()
     config.augment.flip_left_right_prob = 0.0
@@ -100,9 +100,9 @@ def get_config() -> ConfigDict:
     config.loss.label_smoothing = 0.0
     # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
     config.loss.noise_rate = 0.0
-    # Mirrored images are no character at all: with `eval.flip_views` the view counts in which the
+    # Mirrored images are no character at all: with `eval.tta_flips` the view counts in which the
     # network is sure. Otherwise they keep their character's label.
-    config.loss.mirrored_unknown = False
+    config.loss.mirrored_as_uniform = False
 
     # A run whose network is a teacher, or its folder checkpoints: its answers to the same augmented
     # images are learnt beside the labels. "" for none.
@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     config.teacher.checkpoint = ""
     # Asked before the training only, about the images as they are, in its own normal form: no step
     # takes longer for it, but each image has two bytes more in memory for each class.
-    config.teacher.once = False
+    config.teacher.precompute = False
     config.teacher.weight = 0.5  # of its part of the loss
     config.teacher.temperature = 1.0
 
@@ -141,8 +141,8 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 256  # images, or views of them
     # The network sees each image under so many slight turns and zooms, and in every mirroring; its
     # probabilities are averaged, the surer the more. Each view costs a pass.
-    config.eval.views = 1
-    config.eval.flip_views = False
+    config.eval.tta_views = 1
+    config.eval.tta_flips = False
     config.eval.upright_prior = 0.25  # how likely an image is not mirrored
     # Before an evaluation, batch-norm statistics are taken anew from this many training batches
     # with the weights at hand: running averages lag behind weights that move fast, and accuracy
@@ -155,7 +155,7 @@ def get_config() -> ConfigDict:
     config.eval.robustness_images = 3000  # in each set; 0: the whole split
     config.eval.paper_protocol = False
     # So many training characters are listed that are most likely miswritten or wrongly labelled.
-    config.eval.suspects = 0
+    config.eval.label_errors = 0
     # From so many validation characters, and as many crossed out, a rejector is fitted, and tested
     # on so many of the test split. 0: none.
     config.eval.rejection_images = 2000

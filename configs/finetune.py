@@ -1,8 +1,8 @@
-"""A short training on characters of your own, from the weights of `configs/strokes.py`.
+"""A short training on characters of your own, from the weights of `configs/synthetic.py`.
 
   hccr prepare --pictures=FOLDER --data_dir=data --name=mine
-  python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes
-  python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
+  python -m hccr_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+  python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/synthetic
 
 Measured on 2 cores (AMD EPYC with AVX-512, float32, shared with other work) by `launch/test.sh -m
 figures -s`, on pictures of 20 characters by 30 writers of the real subset, with
@@ -13,12 +13,12 @@ top-1 on 1,192 pictures of 60 other writers 93.2, 93.0 and 92.4 % (seeds 0, 1, 2
 
 from ml_collections import ConfigDict
 
-from configs import strokes
+from hccr_jax.configs import synthetic
 
 
 def get_config() -> ConfigDict:
     """Returns the recipe of simulated writers, for some hundred or thousand real images."""
-    config = strokes.get_config()
+    config = synthetic.get_config()
     config.num_steps = 300
     config.batch_size = 64
     config.log_every_steps = 25

@@ -4,14 +4,14 @@
   python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
 
 Measured on 2 cores (AMD EPYC with AVX2, float32, shared with other work), seed 0, commit 3daca77:
-25 min of training with --config.eval.views=5, which chose the step; test top-1 96.05 %, top-5
+25 min of training with --config.eval.tta_views=5, which chose the step; test top-1 96.05 %, top-5
 99.55 % (5,973 characters of 60 writers); best validation top-1 94.81 % (24 writers). Evaluated
 again on one view, by --mode=eval: 95.81 and 99.46 %.
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from hccr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ Accuracy: not measured yet.
 
 from ml_collections import ConfigDict
 
-from configs import hwdb100
+from hccr_jax.configs import hwdb100
 
 
 def get_config() -> ConfigDict:

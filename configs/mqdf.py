@@ -12,7 +12,7 @@ characters of 60 writers); validation top-1 93.26 % (24 writers), on which the s
 
 from ml_collections import ConfigDict
 
-from configs import default
+from hccr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ Accuracy: not measured yet.
 
 from ml_collections import ConfigDict
 
-from configs import resnet18
+from hccr_jax.configs import resnet18
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import v2_distilled
+from hccr_jax.configs import v2_distilled
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.augment.erase_prob = 0.25
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.average_decay = 0.0
-    config.eval.views = 1
+    config.eval.tta_views = 1
     config.eval.batch_norm_batches = 0
     config.eval.every_steps = 10_000
     return config

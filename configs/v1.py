@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import v2
+from hccr_jax.configs import v2
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ float32) 17 min of training; all 240 training writers: test top-1 97.66, 97.62 a
 
 from ml_collections import ConfigDict
 
-from configs import v2_best
+from hccr_jax.configs import v2_best
 
 
 def get_config() -> ConfigDict:

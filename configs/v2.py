@@ -10,7 +10,7 @@ validation top-1 after 5, 10 and 15 epochs and at the end 42.1, 68.5, 73.9 and 7
 
 from ml_collections import ConfigDict
 
-from configs import default
+from hccr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

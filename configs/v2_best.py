@@ -11,7 +11,7 @@ training writers: test top-1 97.87, 97.94 and 97.84 %, top-5 99.82, 99.82 and 99
 
 from ml_collections import ConfigDict
 
-from configs import hwdb100
+from hccr_jax.configs import hwdb100
 
 
 def get_config() -> ConfigDict:
@@ -34,6 +34,6 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.optimizer.weight_decay = 0.01
     config.optimizer.average_decay = 0.998
-    config.eval.views = 5
+    config.eval.tta_views = 5
     config.eval.every_steps = 1_000
     return config

@@ -11,7 +11,7 @@ that GPU was up.
 
 from ml_collections import ConfigDict
 
-from configs import v2_best
+from hccr_jax.configs import v2_best
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ test top-1 97.14 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched tes
 
 from ml_collections import ConfigDict
 
-from configs import v2_best
+from hccr_jax.configs import v2_best
 
 
 def get_config() -> ConfigDict:
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 14.0
     config.init_from = "runs/v2_best"
     config.model.mqdf_weight = 0.0  # it reads no mirrored images
-    config.loss.mirrored_unknown = True
+    config.loss.mirrored_as_uniform = True
     config.augment.flip_left_right_prob = 0.3
     config.augment.flip_up_down_prob = 0.3
     config.augment.rotate_deg = 27.0
@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
     config.augment.erase_prob = 0.1
     config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_epochs = 0.5
-    config.eval.views = 1
-    config.eval.flip_views = True
+    config.eval.tta_views = 1
+    config.eval.tta_flips = True
     config.eval.upright_prior = 0.4
     config.eval.robustness = True
     return config

@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from hccr_jax.configs import default
 from hccr_jax.errors import InputError
 from hccr_jax.runtime.workdir import replace_text
 
@@ -59,11 +60,6 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "resnet50": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
     "mqdf": ("lda_dims", "eigenvectors", "minor_variance"),
 }
-MODEL_DEFAULTS = {
-    "width": 1.0, "stem_stride": 2, "first_stride": 2, "head_channels": 1280, "dropout_rate": 0.0,
-    "batch_norm_epsilon": 1e-3, "lda_dims": 160, "eigenvectors": 50, "minor_variance": 0.65,
-    "mqdf_weight": 0.0,
-}  # fmt: skip
 
 RULES: dict[str, Rule] = {
     "seed": Rule(int, 0, 2**31 - 1),
@@ -72,7 +68,7 @@ RULES: dict[str, Rule] = {
     "init_from": Rule(str),
     "batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
-    "steps_per_call": Rule(int, 0, 10_000),
+    "steps_per_execution": Rule(int, 0, 10_000),
     "log_every_steps": _COUNT,
     "watchdog_seconds": Rule(float, 0, 1e6),
     "skip_non_finite": Rule(bool),
@@ -103,11 +99,11 @@ RULES: dict[str, Rule] = {
     "data.validation_split": Rule(str),
     "data.test_split": Rule(str),
     "data.label_noise": _SHARE,
-    "data.mix_strokes": Rule(bool),
-    "data.strokes.num_characters": Rule(int, 2, 3755),
-    "data.strokes.num_train_writers": Rule(int, 2, 100_000),
-    "data.strokes.num_test_writers": Rule(int, 1, 100_000),
-    "data.strokes.haste": Rule(float, 0, 1),
+    "data.mix_synthetic": Rule(bool),
+    "data.synthetic.num_characters": Rule(int, 2, 3755),
+    "data.synthetic.num_train_writers": Rule(int, 2, 100_000),
+    "data.synthetic.num_test_writers": Rule(int, 1, 100_000),
+    "data.synthetic.cursiveness": Rule(float, 0, 1),
     "augment.flip_left_right_prob": _SHARE,
     "augment.flip_up_down_prob": _SHARE,
     "augment.rotate_prob": _SHARE,
@@ -130,9 +126,9 @@ RULES: dict[str, Rule] = {
     "augment.once": Rule(bool),
     "loss.label_smoothing": Rule(float, 0, 0.99),
     "loss.noise_rate": Rule(float, 0, 0.99),
-    "loss.mirrored_unknown": Rule(bool),
+    "loss.mirrored_as_uniform": Rule(bool),
     "teacher.checkpoint": Rule(str),
-    "teacher.once": Rule(bool),
+    "teacher.precompute": Rule(bool),
     "teacher.weight": _SHARE,
     "teacher.temperature": Rule(float, 0.1, 100),
     "optimizer.name": Rule(str, words=("adam", "adamw", "muon", "sgd")),
@@ -153,16 +149,32 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_best": _COUNT,
     "eval.every_steps": Rule(int, 0),
     "eval.batch_size": _COUNT,
-    "eval.views": Rule(int, 1, 5),
-    "eval.flip_views": Rule(bool),
+    "eval.tta_views": Rule(int, 1, 5),
+    "eval.tta_flips": Rule(bool),
     "eval.upright_prior": _SHARE,
     "eval.batch_norm_batches": Rule(int, 0, 100_000),
     "eval.robustness": Rule(bool),
     "eval.robustness_images": Rule(int, 0),
     "eval.paper_protocol": Rule(bool),
-    "eval.suspects": Rule(int, 0, 10_000),
+    "eval.label_errors": Rule(int, 0, 10_000),
     "eval.rejection_images": Rule(int, 0, 100_000),
 }
+
+# Keys of version 0.1, with their names of today. They go on working, with a warning, in 0.2.
+RENAMED = {
+    "steps_per_call": "steps_per_execution",
+    "data.strokes.num_characters": "data.synthetic.num_characters",
+    "data.strokes.num_train_writers": "data.synthetic.num_train_writers",
+    "data.strokes.num_test_writers": "data.synthetic.num_test_writers",
+    "data.strokes.haste": "data.synthetic.cursiveness",
+    "data.mix_strokes": "data.mix_synthetic",
+    "loss.mirrored_unknown": "loss.mirrored_as_uniform",
+    "teacher.once": "teacher.precompute",
+    "eval.views": "eval.tta_views",
+    "eval.flip_views": "eval.tta_flips",
+    "eval.suspects": "eval.label_errors",
+}
+_RENAMED_VALUES = {"data.name": {"strokes": "synthetic"}}
 
 # A resume may change these: they leave the run's course as it was.
 FREE_ON_RESUME = (
@@ -200,6 +212,34 @@ def flatten(config: ConfigDict) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{inner}", leaf) for inner, leaf in flatten(value))
         else:
             yield key, value
+
+
+def upgrade(values: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """Returns a config with today's keys from one of any earlier version.
+
+    Keys and values that were renamed get their names of today; a key that did not exist yet gets
+    its default, which leaves a run as it was then.
+
+    Args:
+      values: a config, as nested dicts.
+
+    Returns:
+      the config, and the old names found in it; keys that no version had stay as they are.
+    """
+    leaves, found = dict(flatten(default.get_config())), []
+    for old, value in flatten(ConfigDict(values)):
+        key = RENAMED.get(old, old)
+        leaves[key] = _RENAMED_VALUES.get(key, {}).get(value, value)
+        if (key, leaves[key]) != (old, value):
+            found.append(old)
+    nested: dict[str, Any] = {}
+    for key, value in leaves.items():
+        *groups, last = key.split(".")
+        node = nested
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return ConfigDict(nested), found
 
 
 def unknown_key(key: str) -> InputError:
@@ -247,9 +287,9 @@ def check(config: ConfigDict) -> None:
             f"config.augment.resize_min={config.augment.resize_min}: must not be above "
             f"augment.resize_max={config.augment.resize_max}"
         )
-    if config.augment.once and config.loss.mirrored_unknown:
+    if config.augment.once and config.loss.mirrored_as_uniform:
         raise InputError(
-            "config.loss.mirrored_unknown=True: goes with images mirrored anew in each epoch; set "
+            "config.loss.mirrored_as_uniform=True: goes with images mirrored anew in each epoch; set "
             "augment.once=False"
         )
     if config.optimizer.name == "adam" and config.optimizer.weight_decay > 0:
@@ -279,11 +319,12 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     model = config.model
     taken = MODEL_OPTIONS[model.name]
     known = taken if model.name == "mqdf" else (*taken, "mqdf_weight")
-    for key, default in MODEL_DEFAULTS.items():
-        if key not in known and model[key] != default:
+    options = {option for names in MODEL_OPTIONS.values() for option in names} | {"mqdf_weight"}
+    for key, initial in default.get_config().model.items():
+        if key in options and key not in known and model[key] != initial:
             raise InputError(
                 f"config.model.{key}={model[key]!r}: {model.name} has no such option; leave it at "
-                f"{default!r}"
+                f"{initial!r}"
             )
     return {key: model[key] for key in taken}
 
@@ -362,7 +403,7 @@ def check_resume(config: ConfigDict, path: Path) -> None:
       InputError: names the first key that would change the run's course, with both values.
     """
     try:
-        old = dict(flatten(ConfigDict(json.loads(path.read_text(encoding="utf-8")))))
+        old = dict(flatten(upgrade(json.loads(path.read_text(encoding="utf-8")))[0]))
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}: choose another --workdir") from error
     for key, value in flatten(config):
@@ -371,11 +412,6 @@ def check_resume(config: ConfigDict, path: Path) -> None:
         bound |= key in ("num_steps", "num_epochs") and config.optimizer.schedule == "cosine"
         if not bound or old.get(key) == value:
             continue
-        if key not in old:
-            raise InputError(
-                f"config.{key}={value!r}: the run was started by a version of hccr_jax without "
-                f"this key ({path}): resume with that version or choose another --workdir"
-            )
         raise InputError(
             f"config.{key}={value!r}, but the run was started with {old[key]!r} ({path}): "
             f"resume with the old value or choose another --workdir"

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         from hccr_jax.runtime import distributed
         from hccr_jax.train import loop  # slow to import: a wrong flag should be told at once
 
-        distributed.join(values.config.watchdog_seconds or 300.0)
+        distributed.initialize(values.config.watchdog_seconds or 300.0)
         timeline.lap("imports")
         signals.explain_bus_errors(
             f"run again, which goes on from the last checkpoint; if it comes again, prepare the "
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         from hccr_jax.runtime import distributed
 
-        if not distributed.are_several():
+        if not distributed.is_initialized():
             raise
         print(f"the other processes were lost: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -115,6 +115,6 @@ if __name__ == "__main__":
     keep_memory()  # before the thread that listens for signals
     signals.install()
     code = main(sys.argv)
-    if "hccr_jax.processes" in sys.modules:
-        sys.modules["hccr_jax.processes"].leave(code)
+    if "hccr_jax.runtime.distributed" in sys.modules:
+        sys.modules["hccr_jax.runtime.distributed"].shutdown(code)
     sys.exit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,3 +83,42 @@ def stop(number: signal.Signals, flags: list[str], workdir: Path, ready: Callabl
     finally:
         process.kill()
     return process.returncode
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def start_group(
+    flags: list[str],
+    workdir: Path,
+    num_processes: int,
+    num_devices: int = 1,
+    program: tuple[str, ...] = ("-m", "hccr_jax.main"),
+) -> list[subprocess.Popen[str]]:
+    """Starts a job in some processes of so many devices each."""
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": str(num_processes),
+    }
+    command = [sys.executable, *program, *flags, f"--workdir={workdir}"]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(index)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(num_processes)
+    ]  # fmt: skip
+
+
+def finish(group: list[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
+    """Waits for all and returns their exit codes, outputs and messages."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in group]
+    finally:
+        for process in group:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(group, said, strict=True)]

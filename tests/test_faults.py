@@ -18,8 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ROOT, assert_same_checkpoint, rows, saved, start, steps_saved, wait_for
-from test_processes import finish, start_group
+from runs import (
+    ROOT,
+    assert_same_checkpoint,
+    finish,
+    rows,
+    saved,
+    start,
+    start_group,
+    steps_saved,
+    wait_for,
+)
 
 from hccr_jax.runtime.checkpoints import Checkpoints
 
@@ -47,16 +56,16 @@ main.main(["main", *sys.argv[4:]])
 """
 # Where, and at which call: from before the first step to after the last.
 KILL_POINTS = {
-    "while the network is made": ("hccr_jax.job", "create_network", 1),
-    "before compiling": ("hccr_jax.train", "_compile", 1),
-    "after the first step": ("hccr_jax.train", "_write_augmented_sheet", 1),
-    "between steps": ("hccr_jax.train", "_mean", 3),
-    "before an evaluation": ("hccr_jax.train", "_fresh_statistics", 1),
-    "in an evaluation": ("hccr_jax.train", "_validate", 2),
-    "before a save": ("hccr_jax.checkpoint:Checkpoints", "save", 3),
-    "between a save and its seal": ("hccr_jax.manifest", "write_manifest", 3),
+    "while the network is made": ("hccr_jax.train.setup", "create_network", 1),
+    "before compiling": ("hccr_jax.train.loop", "_compile", 1),
+    "after the first step": ("hccr_jax.train.loop", "_write_augmented_sheet", 1),
+    "between steps": ("hccr_jax.train.loop", "_mean", 3),
+    "before an evaluation": ("hccr_jax.train.loop", "_fresh_statistics", 1),
+    "in an evaluation": ("hccr_jax.train.loop", "_validate", 2),
+    "before a save": ("hccr_jax.runtime.checkpoints:Checkpoints", "save", 3),
+    "between a save and its seal": ("hccr_jax.runtime.checkpoint_seal", "write_manifest", 3),
     "before an old step is removed": ("shutil", "rmtree", 1),
-    "while results are written": ("hccr_jax.assess", "_write_results", 1),
+    "while results are written": ("hccr_jax.evaluation.final", "_write_results", 1),
 }
 
 
@@ -258,12 +267,12 @@ def test_a_checkpoint_moves_between_eight_one_and_four_devices(
     complete([*flags, "--config.num_steps=2"], tmp_path, devices=8)
     first = saved(tmp_path, 2)
     move = (
-        "import sys; from pathlib import Path; from hccr_jax import main, sharding\n"
-        "from hccr_jax.checkpoint import Checkpoints; from hccr_jax.job import create_job\n"
+        "import sys; from pathlib import Path; from hccr_jax import main; from hccr_jax.runtime import sharding\n"
+        "from hccr_jax.checkpoint import Checkpoints; from hccr_jax.job import create_training_setup\n"
         "from hccr_jax.startup import Timeline\n"
         "from hccr_jax.train import _about, _items, _restore\n"
         "folder = Path(sys.argv[1]) / 'checkpoints'\n"
-        "job = create_job(main.parse(['main', *sys.argv[2:]]).config, Timeline())\n"
+        "job = create_training_setup(main.parse(['main', *sys.argv[2:]]).config, Timeline())\n"
         "with Checkpoints(folder, 5, 5) as checkpoints:\n"
         "    state = _restore(job, checkpoints)\n"
         "    averages = checkpoints.restore(\n"
@@ -349,7 +358,7 @@ MALFORMED = [
     "model.name=mobilenet", "model.width=0.0", "model.dropout_rate=1.0", "model.dropout=0.1",
     "model.stem_stride=3", "model.dtype=float16", "data.image_px=0", "data.margin_px=32",
     "data.placement=gpu", "augment.rotate_deg=400.0", "augment.flip_prob=0.5",
-    "augment.resize_min=3.0", "loss.label_smoothing=1.0", "eval.views=9", "seed=-1",
+    "augment.resize_min=3.0", "loss.label_smoothing=1.0", "eval.tta_views=9", "seed=-1",
     "gradient_accumulation_steps=0", "strict_determinism=maybe", "checkpoint.keep_latest=0",
 ]  # fmt: skip
 
@@ -369,12 +378,13 @@ def test_malformed_configs_are_refused_at_once(tiny_job: list[str], tmp_path: Pa
 # Runs the main job; at SIGUSR1 its main thread waits for ever, as for a disk that does not answer.
 HANG = """
 import signal, sys, time
-from hccr_jax import main, processes, signals
+from hccr_jax import main
+from hccr_jax.runtime import distributed, signals
 signals.install()
 def wait_for_ever(number, frame):
     time.sleep(1e6)
 signal.signal(signal.SIGUSR1, wait_for_ever)
-processes.leave(main.main(["main", *sys.argv[1:]]))
+distributed.shutdown(main.main(["main", *sys.argv[1:]]))
 """
 
 
@@ -455,7 +465,7 @@ def test_a_data_file_that_is_cut_short_is_told_and_made_again(
     process = start([*flags, "--config.num_steps=1000000"], tmp_path / "run", devices=1)
     try:
         wait_for(process, lambda: bool(rows(tmp_path / "run")))
-        (images,) = (tmp_path / "data").rglob("normal_form/train-*/images.npy")
+        (images,) = (tmp_path / "data").rglob("normalize/train-*/images.npy")
         os.truncate(images, 200)
         said = process.communicate(timeout=10)[1]
     finally:

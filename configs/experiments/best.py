@@ -31,7 +31,7 @@ def get_config(name: str) -> ConfigDict:
         config.eval.paper_protocol = True
     if name == "v1_shuffled":
         config.data.label_noise = 0.1
-        config.eval.suspects = 100
+        config.eval.label_errors = 100
     if name == "v2_robust":
         config.init_from = "runs/best/v2_best-seed0"
     if name == "v2_distilled":

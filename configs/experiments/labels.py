@@ -1,6 +1,6 @@
 """Wrong labels: a part of the training labels shuffled, with and without the loss that bears them.
 
-  python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_hwdb100 \
+  python -m hccr_jax.main --config=configs/synthetic.py --workdir=runs/strokes_hwdb100 \
     --config.model.width=1.0 --config.model.stem_stride=2 --config.num_steps=5500
   hccr sweep --config=configs/experiments/labels.py --data_dir=DIR \
     --output=docs/measured/labels.jsonl
@@ -8,7 +8,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import hwdb100
+from hccr_jax.configs import hwdb100
 
 EPOCHS = 10.0
 NOISE_RATE = 0.5
@@ -31,5 +31,5 @@ def get_config(name: str) -> ConfigDict:
     config.init_from = "runs/strokes_hwdb100"
     config.data.label_noise = 0.0 if name.startswith("clean") else int(name[6:8]) / 100
     config.loss.noise_rate = NOISE_RATE if name.endswith("_borne") else 0.0
-    config.eval.suspects = 100
+    config.eval.label_errors = 100
     return config

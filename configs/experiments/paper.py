@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import v2
+from hccr_jax.configs import v2
 
 WIDTH = 0.5
 EPOCHS = 8.0

@@ -1,7 +1,7 @@
 """What each part of a recipe is worth on the real subset of 100 characters: short runs.
 
   python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
-  python -m hccr_jax.main --config=configs/strokes.py --workdir=runs/strokes_half \
+  python -m hccr_jax.main --config=configs/synthetic.py --workdir=runs/strokes_half \
     --config.model.width=0.5 --config.model.stem_stride=2
   hccr sweep --config=configs/experiments/recipes.py --data_dir=DIR \
     --output=docs/measured/recipes.jsonl
@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import hwdb100
+from hccr_jax.configs import hwdb100
 
 EPOCHS = 6.0
 WIDTH = 0.5
@@ -94,7 +94,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "no_smoothing": {"loss.label_smoothing": 0.0},
     "noise_rate": {"loss.noise_rate": 0.5},
     "teacher": {"teacher.checkpoint": "runs/hwdb100"},  # it has not seen the validation writers
-    "teacher_once": {"teacher.checkpoint": "runs/hwdb100", "teacher.once": True},
+    "teacher_once": {"teacher.checkpoint": "runs/hwdb100", "teacher.precompute": True},
     "no_dropout": {"model.dropout_rate": 0.0},
     "no_augmentation": {
         "augment.rotate_deg": 0.0,
@@ -135,11 +135,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "strokes": {"init_from": "runs/strokes_half"},
     "strokes_adaptive": {"init_from": "runs/strokes_half", "data.aspect": "adaptive"},
     "mix": {
-        "data.mix_strokes": True,
-        "data.strokes.num_train_writers": 160,
-        "data.strokes.num_test_writers": 4,
+        "data.mix_synthetic": True,
+        "data.synthetic.num_train_writers": 160,
+        "data.synthetic.num_test_writers": 4,
     },
-    "views": {"eval.views": 5},
+    "views": {"eval.tta_views": 5},
     "mqdf": {"model.mqdf_weight": 0.5},
 }
 

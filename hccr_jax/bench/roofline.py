@@ -153,7 +153,7 @@ def measure_speeds(mesh: Mesh, dtype: jnp.dtype, seconds: float) -> Speeds:
     words, height, side = (
         (2**26, 2048, 2048) if on_cpu else (2**28 * mesh.size, 8192 * mesh.size, 8192)
     )
-    rows, whole = sharding.split_rows(mesh), sharding.replicated(mesh)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     line = jax.jit(lambda: jnp.zeros(words, jnp.float32), out_shardings=rows)()
     left = jax.jit(lambda: jnp.ones((height, side), dtype), out_shardings=rows)()
     right = jax.jit(lambda: jnp.ones((side, side), dtype), out_shardings=whole)()

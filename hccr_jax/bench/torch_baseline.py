@@ -21,7 +21,7 @@ from hccr_jax.train.augment import make_augment as make_ours
 
 # Ways to run, each the one before and more: `torch.compile` of the whole forward pass and loss; a
 # CUDA graph of the whole step: augmentation, forward and backward pass, update.
-RUNGS = ("eager", "compile", "graph")
+MODES = ("eager", "compile", "graph")
 
 
 def _conv_norm(
@@ -203,7 +203,7 @@ class Peer:
 
         Args:
           row: "train_step", "train_step_augmented", "forward" or "augment".
-          rung: one of `RUNGS`.
+          rung: one of `MODES`.
 
         Raises:
           RuntimeError: a graph was asked for without a GPU, or PyTorch cannot compile the step.

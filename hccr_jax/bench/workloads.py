@@ -30,11 +30,11 @@ from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train import optim
 from hccr_jax.train.augment import make_augment
-from hccr_jax.train.input_pipeline import Call, DeviceFeed, Feed, stream_batches
+from hccr_jax.train.input_pipeline import BatchSource, Call, DeviceBatches, stream_batches
 from hccr_jax.train.loop import train
-from hccr_jax.train.setup import augment_options, create_job, steps_per_call
+from hccr_jax.train.setup import augment_options, create_training_setup, steps_per_execution
 from hccr_jax.train.state import create_train_state
-from hccr_jax.train.step import make_train_call, make_train_step
+from hccr_jax.train.step import make_train_chunk, make_train_step
 
 EVALUATED_BATCHES = 8
 _ENDLESS = 2**31 - 1
@@ -82,7 +82,7 @@ class Workloads:
         compiled, seconds = self._eval_step
         mesh = self._network.mesh
         images = np.random.default_rng(0).integers(0, 256, self._image_shape, np.uint8)
-        batch = sharding.put_batch((images, np.zeros(self.batch_size, np.int32)), mesh)
+        batch = sharding.shard_batch((images, np.zeros(self.batch_size, np.int32)), mesh)
         arguments = self._network.params, self._network.batch_stats, *batch
         return Workload(
             repeated(lambda: compiled(*arguments), jax.block_until_ready),
@@ -99,7 +99,7 @@ class Workloads:
         """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
-        longest = steps_per_call(config)
+        longest = steps_per_execution(config)
         # At the speed of the roofline so many steps take as long as a repeat should.
         calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / longest))
         every = calls * longest
@@ -114,8 +114,10 @@ class Workloads:
         with tempfile.TemporaryDirectory(dir=self.data.folder) as name:
             workdir, timeline = Path(name), Timeline()
             with Checkpoints(workdir / "checkpoints") as checkpoints:
-                job = _quiet(create_job)(config, timeline)
-                fields = {f.name: getattr(job.feed, f.name) for f in dataclasses.fields(Feed)}
+                job = _quiet(create_training_setup)(config, timeline)
+                fields = {
+                    f.name: getattr(job.feed, f.name) for f in dataclasses.fields(BatchSource)
+                }
                 feed = _FeedBesideSteps(**fields, feed=job.feed, run=alone.run, calls_each=calls)
                 job = dataclasses.replace(job, feed=feed)
                 _quiet(train)(job, workdir, checkpoints, timeline)
@@ -158,12 +160,12 @@ class Workloads:
             keys = row_keys(self.config.seed, AUGMENT, step, self.batch_size)
             return self._augment(keys, to_float(images))
 
-        split = sharding.split_rows(mesh)
+        split = sharding.batch_sharding(mesh)
         jitted = jax.jit(augment, in_shardings=(split, None), out_shardings=split)
         abstract = jax.ShapeDtypeStruct(self._image_shape, jnp.uint8)
         compiled, seconds = _compile(jitted, abstract, np.int32(0))
         images = np.random.default_rng(0).integers(0, 256, self._image_shape, np.uint8)
-        arguments = sharding.put_batch(images, mesh), np.int32(0)
+        arguments = sharding.shard_batch(images, mesh), np.int32(0)
         return Workload(
             repeated(lambda: compiled(*arguments), jax.block_until_ready),
             self.batch_size,
@@ -199,10 +201,10 @@ class Workloads:
         optimizer = optim.make_optimizer("adam", schedule)
         augment = self._augment if augments else lambda keys, images: images
         step = make_train_step(network.apply, optimizer, augment, mesh)
-        longest = steps_per_call(self.config)
-        train_call = make_train_call(step, DeviceFeed.pick, longest)
+        longest = steps_per_execution(self.config)
+        train_chunk = make_train_chunk(step, DeviceBatches.pick, longest)
         num_images = 2 * self.batch_size
-        whole, columns = sharding.replicated(mesh), sharding.split_rows(mesh, axis=1)
+        whole, columns = sharding.replicated(mesh), sharding.batch_sharding(mesh, axis=1)
         shape = (num_images, *self._image_shape[1:])
         abstract = (
             jax.ShapeDtypeStruct((longest, self.batch_size), jnp.int32, sharding=columns),
@@ -215,7 +217,7 @@ class Workloads:
             out_shardings=whole,
         )(network.params, network.batch_stats)
         if augments not in self._compiled_steps:  # which on a GPU takes a minute
-            program = _compile(train_call, state, np.int32(longest), abstract)
+            program = _compile(train_chunk, state, np.int32(longest), abstract)
             self._compiled_steps[augments] = program
         compiled, seconds = self._compiled_steps[augments]
         rng = np.random.default_rng(0)
@@ -223,8 +225,8 @@ class Workloads:
         labels = rng.integers(0, self.num_classes, num_images, np.int32)
         rows = rng.integers(0, num_images, (longest, self.batch_size), np.int32)
         arrays = (
-            sharding.put_batch(rows, mesh, axis=1),
-            *sharding.put_whole((images, labels), mesh),
+            sharding.shard_batch(rows, mesh, axis=1),
+            *sharding.replicate((images, labels), mesh),
         )
 
         def run(count: int) -> None:
@@ -259,7 +261,7 @@ class Workloads:
 
     @functools.cached_property
     def _eval_step(self) -> tuple[Any, float]:
-        network, rows = self._network, sharding.split_rows(self._network.mesh)
+        network, rows = self._network, sharding.batch_sharding(self._network.mesh)
         batch = (
             jax.ShapeDtypeStruct(self._image_shape, jnp.uint8, sharding=rows),
             jax.ShapeDtypeStruct((self.batch_size,), jnp.int32, sharding=rows),
@@ -272,11 +274,11 @@ class Workloads:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FeedBesideSteps(Feed):
+class _FeedBesideSteps(BatchSource):
     """Another feed, but before each log interval training steps alone are run and timed."""
 
     name = "benchmark"
-    feed: Feed
+    feed: BatchSource
     run: Run
     calls_each: int
     seconds: list[float] = dataclasses.field(default_factory=list)

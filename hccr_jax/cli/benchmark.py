@@ -66,7 +66,7 @@ from hccr_jax.runtime.workdir import replace_text
 from hccr_jax.runtime.worker_pool import cpu_count
 from hccr_jax.train.setup import augment_options
 
-PEER_ROWS = ("train_step", "train_step_augmented", "forward", "augment")
+BASELINE_ROWS = ("train_step", "train_step_augmented", "forward", "augment")
 SUITES = ("gpu", "cpu", "scaling", "forms")
 GPU_SUITE_SECONDS = 420.0  # a row that has begun may take a minute more
 SCALING = {"image_px": (64, 96, 112), "width": (0.5, 1.0, 1.4), "num_classes": (100, 3755, 7000)}
@@ -97,7 +97,7 @@ def _define_flags() -> flags.FlagValues:
         "suite's where not given.", flag_values=own,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "num_classes", None, "Characters; the config's data.strokes.num_characters where not "
+        "num_classes", None, "Characters; the config's data.synthetic.num_characters where not "
         "given.", lower_bound=2, flag_values=own,
     )  # fmt: skip
     flags.DEFINE_list("rows", None, "What to time; all rows where not given.", flag_values=own)
@@ -107,7 +107,7 @@ def _define_flags() -> flags.FlagValues:
     )  # fmt: skip
     flags.DEFINE_integer("repeats", 5, "Repeats of each row.", lower_bound=1, flag_values=own)
     flags.DEFINE_enum("peer", None, ["torch"], "What to time beside ours.", flag_values=own)
-    flags.DEFINE_list("rungs", None, "eager, compile, graph; all where not given.", flag_values=own)
+    flags.DEFINE_list("modes", None, "eager, compile, graph; all where not given.", flag_values=own)
     flags.DEFINE_enum("suite", None, SUITES, "Rows, sizes and peer of a report.", flag_values=own)
     flags.DEFINE_integer(
         "num_images", None, "Characters of the data set made up for the rows that read data; "
@@ -122,17 +122,17 @@ def _run(values: flags.FlagValues) -> None:
     """Checks the request, then prints each row as it comes."""
     scaling, output = values.suite == "scaling", values.output and Path(values.output)
     names = values.rows or (["train_step"] if scaling else ROWS)
-    _check_choice("rows", names, PEER_ROWS if scaling else ROWS)
-    if set(names) - set(PEER_ROWS) and _num_classes(values) > len(charset.level1()):
+    _check_choice("rows", names, BASELINE_ROWS if scaling else ROWS)
+    if set(names) - set(BASELINE_ROWS) and _num_classes(values) > len(charset.level1()):
         raise InputError(
             f"--num_classes={values.num_classes}: the rows that read data have at most "
             f"{len(charset.level1())}; choose others with --rows"
         )
     if output and not output.absolute().parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}")
-    torch_baseline = _import_peer() if values.peer or values.suite in ("gpu", "cpu") else None
+    torch_baseline = _import_baseline() if values.peer or values.suite in ("gpu", "cpu") else None
     if torch_baseline:
-        _check_choice("rungs", values.rungs or (), torch_baseline.RUNGS)
+        _check_choice("modes", values.modes or (), torch_baseline.MODES)
         if not values.config.model.name.startswith("mobilenet"):
             raise InputError(
                 f"--peer=torch: there is no {values.config.model.name} to compare with"
@@ -193,9 +193,9 @@ def _measure(
                 continue  # it knows no batches: once is enough
             _say(", ".join([name, *(f"{key} {value}" for key, value in about.items())]))
             makers = {name: getattr(workloads, name)}
-            if torch_baseline and name in PEER_ROWS:
-                peer = peer or _create_peer(torch_baseline, config, workloads)
-                for rung in values.rungs or torch_baseline.RUNGS:
+            if torch_baseline and name in BASELINE_ROWS:
+                peer = peer or _create_baseline(torch_baseline, config, workloads)
+                for rung in values.modes or torch_baseline.MODES:
                     theirs = functools.partial(_theirs, peer, name, rung, batch_size)
                     makers[f"{name}/torch_{rung}"] = theirs
             for row in time_in_turn(
@@ -224,7 +224,7 @@ def _time_forms(values: flags.FlagValues, point: Row, common: Row, seconds: floa
         yield {"row": f"depthwise/{form}", **figures, "about": about | common}
 
 
-def _create_peer(torch_baseline: Any, config: ConfigDict, workloads: Workloads) -> Any:
+def _create_baseline(torch_baseline: Any, config: ConfigDict, workloads: Workloads) -> Any:
     """Returns the PyTorch baseline of the same network, images and augmentation."""
     peer = torch_baseline.Peer(
         config.model.name,
@@ -269,7 +269,7 @@ def _points(values: flags.FlagValues, sizes: Sequence[int]) -> list[Row]:
 
 
 def _num_classes(values: flags.FlagValues) -> int:
-    return values.num_classes or values.config.data.strokes.num_characters
+    return values.num_classes or values.config.data.synthetic.num_characters
 
 
 def _batch_sizes(values: flags.FlagValues) -> list[int]:
@@ -297,7 +297,7 @@ def _check_choice(flag: str, names: Sequence[str], known: Sequence[str]) -> None
             raise InputError(f"--{flag}={name}: choose from {', '.join(known)}")
 
 
-def _import_peer() -> Any:
+def _import_baseline() -> Any:
     try:
         from hccr_jax.bench import torch_baseline
     except ImportError as error:

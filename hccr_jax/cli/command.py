@@ -6,12 +6,14 @@ import pathlib
 import re
 import runpy
 import sys
+import types
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hccr_jax import config as config_lib
+from hccr_jax import configs
 from hccr_jax.errors import InputError
 
 
@@ -141,13 +143,24 @@ def _run_file(path: str) -> dict[str, Any]:
     """Returns what a config file defines."""
     if not pathlib.Path(path).is_file():
         raise InputError(f"--config={path}: no such file; see configs/ for those that come with it")
-    # Configs import one another as `configs.…`, wherever the command is run and however deep.
+    # A file of the user's may say `from configs import v2`: its own folder `configs`, then ours.
+    module = types.ModuleType("configs")
     parents = pathlib.Path(path).resolve().parents
-    sys.path += [str(folder) for folder in parents[1:3] if str(folder) not in sys.path]
+    module.__path__ = [*(str(f) for f in parents if f.name == "configs"), *configs.__path__]
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_configs(name)}
+    sys.modules["configs"] = module
     try:
         return runpy.run_path(path)
     except Exception as error:  # a config file is a program: it may raise anything
         raise InputError(f"--config={path}: {type(error).__name__}: {error}") from error
+    finally:
+        for name in filter(_is_configs, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _is_configs(module: str) -> bool:
+    return module.partition(".")[0] == "configs"
 
 
 def _check_overrides(argv: list[str]) -> None:

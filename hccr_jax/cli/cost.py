@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line and returns its exit code: 0 done, 2 wrong request."""
     own = command.define_config_flags()
     flags.DEFINE_integer(
-        "num_classes", None, "Characters; the config's data.strokes.num_characters where not "
+        "num_classes", None, "Characters; the config's data.synthetic.num_characters where not "
         "given.", lower_bound=2, flag_values=own,
     )  # fmt: skip
     flags.DEFINE_bool("markdown", False, "Print Markdown tables.", flag_values=own)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
             return 0
         prepare_process()
         config = own.config
-        model = create_module(config, own.num_classes or config.data.strokes.num_characters)
+        model = create_module(config, own.num_classes or config.data.synthetic.num_characters)
         costs = named_costs(model, config.data.image_px)
     except InputError as error:
         return command.report_error(error)

@@ -52,7 +52,7 @@ from hccr_jax.export.exporter import (
     export,
     verify,
 )
-from hccr_jax.inference.pretrained import load_pretrained, weigh_second
+from hccr_jax.inference.pretrained import load_pretrained, set_mqdf_weight
 from hccr_jax.runtime.startup import prepare_process
 
 
@@ -76,7 +76,7 @@ def _run(values: flags.FlagValues) -> int:
     output = Path(values.output).expanduser()
     pretrained = load_pretrained(values.checkpoint)
     if pretrained.config.model.mqdf_weight > 0.0:
-        pretrained = weigh_second(pretrained, 0.0)
+        pretrained = set_mqdf_weight(pretrained, 0.0)
         print("the network alone: no file holds the classical recogniser beside it")
     config = pretrained.config
     if values.data_dir:

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         if own.reject_at is not None and not recognizer.can_reject:
             raise InputError(
                 f"--reject_at: {own.checkpoint} holds no rejector of these weights and "
-                f"{recognizer.num_views} views of an image: hccr_jax.main --mode=eval makes one, "
+                f"{recognizer.num_tta_views} views of an image: hccr_jax.main --mode=eval makes one, "
                 f"with the config of the run and --config.eval.rejection_images=2000"
             )
         reader = _Reader()

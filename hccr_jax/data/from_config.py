@@ -5,14 +5,18 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from hccr_jax.data.label_noise import shuffle_labels
-from hccr_jax.data.prepare import prepare_strokes
+from hccr_jax.data.prepare import prepare_synthetic
 from hccr_jax.data.splits import Split, join_splits, load_split
 
 
 def dataset_name(config: ConfigDict) -> str:
     """Returns the data set's name, making the embedded one where it is asked for."""
     data = config.data
-    return prepare_strokes(data.data_dir, **data.strokes) if data.name == "strokes" else data.name
+    return (
+        prepare_synthetic(data.data_dir, **data.synthetic)
+        if data.name == "synthetic"
+        else data.name
+    )
 
 
 def load(config: ConfigDict, split: str) -> Split:
@@ -28,8 +32,8 @@ def load_training(config: ConfigDict) -> Split:
     if data.label_noise > 0.0:
         labels = shuffle_labels(train.labels, data.label_noise, len(train.classes), config.seed)
         train = dataclasses.replace(train, labels=labels)
-    if data.mix_strokes:
-        name = prepare_strokes(data.data_dir, **data.strokes)
+    if data.mix_synthetic:
+        name = prepare_synthetic(data.data_dir, **data.synthetic)
         form = data.image_px, data.margin_px, data.aspect
         train = join_splits(train, load_split(name, data.data_dir, "train", *form))
     return train

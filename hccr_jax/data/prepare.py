@@ -127,12 +127,12 @@ def _build(data_dir: str | Path, name: str, **options: Any) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def prepare_strokes(
+def prepare_synthetic(
     data_dir: str | Path,
     num_characters: int,
     num_train_writers: int,
     num_test_writers: int,
-    haste: float,
+    cursiveness: float,
 ) -> str:
     """Makes the embedded data set of simulated writers, unless it is there.
 
@@ -142,12 +142,12 @@ def prepare_strokes(
       data_dir: folder of all data sets.
       num_characters: how many of the level-1 characters, the first ones in Unicode order.
       num_train_writers, num_test_writers: writers, each of whom writes every character once.
-      haste: of the writers, from 0 to 1 in steps of 0.01: see `handwriting.create_writer`.
+      cursiveness: of the writers, from 0 to 1 in steps of 0.01: see `handwriting.create_writer`.
 
     Returns:
       The data set's name, which tells these numbers.
     """
-    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * haste:.0f}h"
+    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * cursiveness:.0f}h"
     folder, lock = store.dataset_folder(name, data_dir), Path(data_dir, f".archives.{name}.lock")
     with contextlib.nullcontext() if folder.exists() else store.exclusive(lock):
         if folder.exists():
@@ -155,7 +155,11 @@ def prepare_strokes(
         scratch = Path(data_dir, f"archives.{name}")
         characters = sorted(charset.level1())[:num_characters]
         archives.write_gnt_archives(
-            scratch, characters, num_train_writers, num_test_writers, haste=round(haste, 2)
+            scratch,
+            characters,
+            num_train_writers,
+            num_test_writers,
+            cursiveness=round(cursiveness, 2),
         )
         prepare([scratch], data_dir, name)
         shutil.rmtree(scratch)

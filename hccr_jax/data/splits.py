@@ -65,7 +65,7 @@ def load_split(
       split: "train", "validation", "test", or several joined by "+".
       image_px: side S of the images.
       margin_px: pixels left free at each border.
-      aspect: "keep" or "adaptive", see `canvas.normal_form`.
+      aspect: "keep" or "adaptive", see `canvas.normalize`.
 
     Raises:
       InputError: the data set is missing or has no such split, or the margin leaves no image.
@@ -76,7 +76,7 @@ def load_split(
     count = _count(manifest, split, name, data_dir)
     folder = store.dataset_folder(name, data_dir)
     form = f"{split}-{image_px}px-{margin_px}margin-{aspect}"
-    cache = folder / "normal_form" / f"{form}-{_code_version()}"
+    cache = folder / "normalize" / f"{form}-{_code_version()}"
     classes, shape = tuple(manifest["classes"]), (count, image_px, image_px)
     found = _read(cache, classes, shape)
     if found is None:
@@ -255,7 +255,7 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
     for start in range(task.start, task.stop, _READ_ROWS):
         rows = range(start, min(start + _READ_ROWS, task.stop))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
-            images[row] = normalize.normal_form(
+            images[row] = normalize.normalize(
                 record["image"], images.shape[1], task.margin_px, task.aspect
             )
             labels.append(place[record["character"].decode()])

@@ -37,7 +37,7 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
             f"no data set {name} in {data_dir}: download Gnt1.1TrainPart1.zip, "
             f"Gnt1.1TrainPart2.zip and Gnt1.1Test.zip from https://nlpr.ia.ac.cn/databases/Download"
             f"/Offline/CharData/ (or HWDB1.1trn_gnt_P1.zip, HWDB1.1trn_gnt_P2.zip and "
-            f"HWDB1.1tst_gnt.zip, their older names) into a folder ARCHIVES, then run `python -m "
+            f"HWDB1.1tst_gnt.zip, their older names) into a folder ARCHIVES, then run `"
             f"hccr prepare --archives=ARCHIVES --data_dir={data_dir} --name={name}`; "
             f"`launch/quickstart.sh` runs without any download"
         ) from error

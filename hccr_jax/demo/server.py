@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hccr_jax.data.images import files, ink, strokes
-from hccr_jax.demo.description import RUNTIME, STROKES_TYPE, WASM
+from hccr_jax.demo.description import STROKES_TYPE
 from hccr_jax.errors import InputError
 
 PAGE = Path(__file__).with_name("index.html")

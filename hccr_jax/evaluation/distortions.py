@@ -172,7 +172,7 @@ def _make(task: _Task, advance: Advance) -> np.ndarray:
     images = np.empty((len(rows), source.image_px, source.image_px), np.uint8)
     for place, (bitmap, (_, *how)) in enumerate(zip(bitmaps, task.draws.tolist(), strict=True)):
         distorted = distort(bitmap, *how)
-        images[place] = normalize.normal_form(
+        images[place] = normalize.normalize(
             distorted, source.image_px, source.margin_px, source.aspect
         )
         advance(1)

@@ -18,7 +18,7 @@ BATCHES_AHEAD = 3  # in the devices' memory, waiting
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Predictions:
     """What a network says about a split, row by row.
 
     Attributes:
@@ -52,7 +52,7 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     leaves: Callable[[], bool] = lambda: False,
-) -> Evaluation:
+) -> Predictions:
     """Returns the network's answers to every record of a split, each counted once.
 
     Args:
@@ -68,10 +68,10 @@ def evaluate(
     """
     count, mine = len(split.labels), process_rows(batch_size)
     parts: list[Any] = []
-    starts, silent = range(0, count, batch_size), not distributed.is_first()
+    starts, silent = range(0, count, batch_size), not distributed.is_primary()
     for start in tqdm(starts, "evaluating", leave=False, unit="batch", disable=silent):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = sharding.put_batch(gather(split, rows[mine]), mesh)
+        batch = sharding.shard_batch(gather(split, rows[mine]), mesh)
         parts.append(eval_step(params, batch_stats, *batch))
         watchdog.beat("evaluating")  # not before the first batch, which compiles
         if leaves():
@@ -81,7 +81,7 @@ def evaluate(
     watchdog.beat("after evaluating", watchdog.SLOW)
     whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
     losses, candidates, probabilities = (part[:count] for part in whole)
-    return Evaluation(losses, candidates, probabilities, np.asarray(split.labels))
+    return Predictions(losses, candidates, probabilities, np.asarray(split.labels))
 
 
 def read_outputs(
@@ -103,7 +103,7 @@ def read_outputs(
     for start in range(0, len(images), batch_size):
         last = min(start + batch_size, len(images))
         rows = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        batch = sharding.put_batch(images[rows[mine]], mesh)
+        batch = sharding.shard_batch(images[rows[mine]], mesh)
         outputs = logits_step(params, batch_stats, batch)
         watchdog.beat("calibrating", watchdog.SLOW)
         yield [np.asarray(output)[: last - start] for output in outputs]

@@ -13,7 +13,7 @@ from hccr_jax.data.from_config import dataset_name, load, load_training
 from hccr_jax.data.splits import Split, rows_spread
 from hccr_jax.evaluation import label_errors, robustness
 from hccr_jax.evaluation.distortions import Source
-from hccr_jax.evaluation.evaluate import Evaluation, evaluate, read_outputs
+from hccr_jax.evaluation.evaluate import Predictions, evaluate, read_outputs
 from hccr_jax.evaluation.rejection import evaluate_rejection
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
 from hccr_jax.inference.rejector import REJECTOR, to_traits
@@ -26,7 +26,7 @@ from hccr_jax.runtime.checkpoints import check_classes
 from hccr_jax.runtime.workdir import replace_text
 
 
-def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
+def run_final_evaluation(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any]:
     """Evaluates a network on the test split and writes everything that a person looks at.
 
     Args:
@@ -43,7 +43,7 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     network, config = pretrained.network, pretrained.config
     check_classes(pretrained.classes, split.classes, pretrained.source)
 
-    def answer(split: Split) -> Evaluation:
+    def answer(split: Split) -> Predictions:
         variables, size = (network.params, network.batch_stats), network.eval_batch_size
         return evaluate(network.eval_step, *variables, split, size, network.mesh)
 
@@ -55,20 +55,20 @@ def assess(pretrained: Pretrained, split: Split, workdir: Path) -> dict[str, Any
     results["seed"] = config.seed
     results["parameters"] = network.num_parameters
     results["multiply_adds"] = network.multiply_adds
-    results["views"] = network.num_views
+    results["views"] = network.num_tta_views
     results |= _speed(pretrained.source.parent.parent / "metrics.jsonl")
     if config.data.validation_split not in learnt:
         results |= _calibrate(pretrained, answers, split, workdir)
     results |= _evaluate_distorted(config, answer, split, workdir)
-    if config.eval.suspects:
+    if config.eval.label_errors:
         results |= _find_suspects(config, answer, workdir, pretrained.step)
-    if distributed.is_first():
+    if distributed.is_primary():
         _write_results(workdir, results, answers, split)
     return results
 
 
 def _calibrate(
-    pretrained: Pretrained, answers: Evaluation, split: Split, workdir: Path
+    pretrained: Pretrained, answers: Predictions, split: Split, workdir: Path
 ) -> dict[str, Any]:
     """Returns what the validation split teaches about probabilities and about what to reject.
 
@@ -119,8 +119,8 @@ def _calibrate(
         read_traits, validated, tested, pretrained.classes, is_right,
         config.eval.rejection_images, workdir,
     )  # fmt: skip
-    if distributed.is_first():
-        which = {"step": pretrained.step, "views": network.num_views}
+    if distributed.is_primary():
+        which = {"step": pretrained.step, "views": network.num_tta_views}
         replace_text(workdir / REJECTOR, json.dumps(which | rejector.to_json()) + "\n")
     return results
 
@@ -147,8 +147,8 @@ def _find_suspects(
     """Writes the most suspicious training characters; tells how well shuffled labels are found."""
     train = load_training(config)
     answers = answer(train)
-    if distributed.is_first():
-        label_errors.write_suspects(workdir, answers, train, config.eval.suspects, step)
+    if distributed.is_primary():
+        label_errors.write_label_errors(workdir, answers, train, config.eval.label_errors, step)
     if config.data.label_noise == 0.0:
         return {}
     right = load(config, config.data.train_split).labels
@@ -175,7 +175,7 @@ def _speed(path: Path) -> dict[str, float]:
 
 
 def _write_results(
-    workdir: Path, results: dict[str, Any], answers: Evaluation, split: Split
+    workdir: Path, results: dict[str, Any], answers: Predictions, split: Split
 ) -> None:
     replace_text(workdir / "eval.json", json.dumps(results, indent=2) + "\n")
     if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet

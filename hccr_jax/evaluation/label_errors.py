@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from hccr_jax.data.splits import Split
-from hccr_jax.evaluation.evaluate import Evaluation
+from hccr_jax.evaluation.evaluate import Predictions
 from hccr_jax.report import image_grids
 
 
-def write_suspects(workdir: Path, answers: Evaluation, split: Split, count: int, step: int) -> None:
+def write_label_errors(
+    workdir: Path, answers: Predictions, split: Split, count: int, step: int
+) -> None:
     """Writes `suspects.json` and `plots/suspects.png`: the rows of the highest loss, worst first.
 
     Args:
@@ -38,7 +40,7 @@ def write_suspects(workdir: Path, answers: Evaluation, split: Split, count: int,
     content = {"step": step, "characters": len(split.labels), "suspects": rows}
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (workdir / "suspects.json").write_text(text + "\n", "utf-8")
-    image_grids.write_suspects(
+    image_grids.write_label_errors(
         workdir,
         split.images[worst],
         split.labels[worst],

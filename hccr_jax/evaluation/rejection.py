@@ -86,7 +86,7 @@ def evaluate_rejection(
                 for kind, other in fitted_without.items()
                 if kind in kinds
             }
-    if distributed.is_first():
+    if distributed.is_primary():
         plots.write_rejection(workdir, scores, right, against)
     return results, rejector
 
@@ -119,4 +119,4 @@ def _bitmaps(source: Source, rows: np.ndarray) -> list[np.ndarray]:
 
 def _forms(bitmaps: Sequence[np.ndarray], source: Source) -> np.ndarray:
     form = source.image_px, source.margin_px, source.aspect
-    return np.stack([normalize.normal_form(bitmap, *form) for bitmap in bitmaps])
+    return np.stack([normalize.normalize(bitmap, *form) for bitmap in bitmaps])

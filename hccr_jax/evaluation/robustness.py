@@ -10,7 +10,7 @@ import numpy as np
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluation import distortions
 from hccr_jax.evaluation.distortions import Source, distorted_images
-from hccr_jax.evaluation.evaluate import Evaluation
+from hccr_jax.evaluation.evaluate import Predictions
 from hccr_jax.report import image_grids, plots
 from hccr_jax.runtime import distributed
 from hccr_jax.runtime.worker_pool import WorkerPool
@@ -20,7 +20,7 @@ ANGLES_DEG = list(range(-60, 61, 10))
 ASPECT_FACTORS = [5 ** (power / 4) for power in range(-4, 5)]
 PAIRS_SHOWN, FAILURES_SHOWN = 8, 6  # of each set
 
-Answer = Callable[[Split], Evaluation]
+Answer = Callable[[Split], Predictions]
 
 
 def evaluate_robustness(
@@ -38,7 +38,7 @@ def evaluate_robustness(
 
     Returns:
       `images` in each set; for `rotation`, `flip`, `resize` and `all` images of the three what
-      `Evaluation.summary` holds; `curves`, whose `rotation` and `aspect` hold lists: top-1 and
+      `Predictions.summary` holds; `curves`, whose `rotation` and `aspect` hold lists: top-1 and
       top-5 by the angle (degrees, counter-clockwise) and by the factor on width over height.
     """
     num_records, results = len(split.labels), {}
@@ -66,12 +66,12 @@ def evaluate_robustness(
                 **_curve(answer, split, source, stretched, pool, "aspects"),
             },
         }
-    if distributed.is_first():
+    if distributed.is_primary():
         plots.write_robustness(workdir, curves)
         image_grids.write_distorted_sheet(workdir, pairs, split.classes)
         image_grids.write_failures(workdir, failures, split.classes)
     together = (np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True))
-    results["all"] = Evaluation(*together).summary()
+    results["all"] = Predictions(*together).summary()
     return {"images": results["rotation"]["count"], **results, "curves": curves}
 
 
@@ -82,7 +82,7 @@ def evaluate_paper_protocol(answer: Answer, split: Split, source: Source) -> dic
       answer, split, source: as for `evaluate_robustness`.
 
     Returns:
-      What `Evaluation.summary` holds, of every record once.
+      What `Predictions.summary` holds, of every record once.
     """
     draws = distortions.draw_paper_protocol(len(split.labels))
     with WorkerPool() as pool:
@@ -116,7 +116,7 @@ def _curve(
     }
 
 
-def _failures(images: np.ndarray, answers: Evaluation) -> image_grids.Failures:
+def _failures(images: np.ndarray, answers: Predictions) -> image_grids.Failures:
     """Returns the surest mistakes."""
     candidates, probabilities, labels = answers.candidates, answers.probabilities, answers.labels
     wrong = image_grids.surest_mistakes(labels, candidates[:, 0], probabilities[:, 0])
@@ -126,5 +126,5 @@ def _failures(images: np.ndarray, answers: Evaluation) -> image_grids.Failures:
     )
 
 
-def _arrays(answers: Evaluation) -> tuple[np.ndarray, ...]:
+def _arrays(answers: Predictions) -> tuple[np.ndarray, ...]:
     return answers.losses, answers.candidates, answers.probabilities, answers.labels

@@ -225,7 +225,7 @@ def golden_images(pretrained: Pretrained) -> np.ndarray:
     writer, rng = create_writer(0), np.random.default_rng(0)
     rows = np.linspace(0, len(classes) - 1, GOLDEN_PAIRS).round().astype(int)
     form = [data[key] for key in NORMAL_FORM]
-    return np.stack([normalize.normal_form(draw(classes[row], writer, rng), *form) for row in rows])
+    return np.stack([normalize.normalize(draw(classes[row], writer, rng), *form) for row in rows])
 
 
 def read_golden(output: Path) -> Golden:

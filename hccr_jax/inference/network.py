@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax.inference.steps import make_eval_step
-from hccr_jax.inference.tta import Views, create_views
+from hccr_jax.inference.tta import TtaViews, create_tta_views
 from hccr_jax.models.registry import (
     Apply,
     count_parameters,
     create_model,
+    ensemble_with_mqdf,
     split_model,
     summarize,
-    with_mqdf,
 )
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.rng import INIT, stream_key
@@ -33,7 +33,7 @@ class Network:
       mesh: of all devices.
       apply: the network as a pure function.
       eval_step: from `train_step.make_eval_step`.
-      params, batch_stats: initial, on every device; see `registry.with_mqdf`.
+      params, batch_stats: initial, on every device; see `registry.ensemble_with_mqdf`.
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
       eval_batch_size: images of a batch in an evaluation, fewer the more views each has.
@@ -48,10 +48,10 @@ class Network:
     summary: str
     multiply_adds: int
     eval_batch_size: int
-    views: Views | None = None
+    views: TtaViews | None = None
 
     @property
-    def num_views(self) -> int:
+    def num_tta_views(self) -> int:
         """Of an image in an evaluation."""
         return len(self.views.maps) if self.views else 1
 
@@ -85,19 +85,19 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
     summary, multiply_adds = summarize(model, config.data.image_px)
     if config.model.mqdf_weight > 0.0:
         weight = config.model.mqdf_weight
-        apply, batch_stats, mqdf = with_mqdf(apply, batch_stats, weight, num_classes)
+        apply, batch_stats, mqdf = ensemble_with_mqdf(apply, batch_stats, weight, num_classes)
         beside, more = summarize(mqdf, config.data.image_px)
         summary, multiply_adds = f"{summary}\n\nbeside it\n{beside}", multiply_adds + more
     initial = params, batch_stats
     params, batch_stats = jax.device_put(initial, sharding.replicated(mesh))
     views = None
-    if config.eval.views > 1 or config.eval.flip_views:
+    if config.eval.tta_views > 1 or config.eval.tta_flips:
         options = config.eval
-        views = create_views(options.views, options.flip_views, options.upright_prior)
+        views = create_tta_views(options.tta_views, options.tta_flips, options.upright_prior)
     eval_step = make_eval_step(apply, mesh, views=views)
-    num_views = len(views.maps) if views else 1
+    num_tta_views = len(views.maps) if views else 1
     # As many images as devices share, so that views need no more memory.
-    images = max(config.eval.batch_size // num_views // mesh.size, 1) * mesh.size
+    images = max(config.eval.batch_size // num_tta_views // mesh.size, 1) * mesh.size
     return Network(
         mesh, apply, eval_step, params, batch_stats, summary, multiply_adds, images, views
     )

@@ -30,7 +30,7 @@ class Character(NamedTuple):
 
     Attributes:
       box: left, top, right, bottom in pixels of the page, half-open.
-      bitmap: uint8 (H, W), as `canvas.normal_form` takes it.
+      bitmap: uint8 (H, W), as `canvas.normalize` takes it.
     """
 
     box: Box

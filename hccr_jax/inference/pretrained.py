@@ -12,7 +12,6 @@ from hccr_jax.models.registry import without_mqdf
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints
 
-EVAL_DEFAULTS = {"views": 1, "flip_views": False, "upright_prior": 0.25}
 NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
 
 
@@ -80,23 +79,18 @@ def load_pretrained(
                 f"saved one, or its folder checkpoints"
             )
         about = checkpoints.about(step)
-        trained, classes = about["config"], tuple(about["classes"])
-        if unknown := [key for key in trained["model"] if f"model.{key}" not in config_lib.RULES]:
+        trained, classes = config_lib.upgrade(about["config"])[0], tuple(about["classes"])
+        if unknown := [key for key in trained.model if f"model.{key}" not in config_lib.RULES]:
             raise InputError(
                 f"{folder / str(step)}: written by another version of hccr_jax, whose networks "
                 f"have the option {unknown[0]}"
             )
-        if config is None:
-            config = ConfigDict({**trained, "model": config_lib.MODEL_DEFAULTS | trained["model"]})
-            config.eval = ConfigDict(EVAL_DEFAULTS | trained["eval"])
-        config = config.copy_and_resolve_references()
-        # What an older run does not name was as the defaults are.
-        config.model.update(config_lib.MODEL_DEFAULTS | trained["model"])
-        own = {"aspect": "keep", "label_noise": 0.0} | trained["data"]
+        config = (config or trained).copy_and_resolve_references()
+        config.model.update(trained.model)
         # The seed tells which labels were shuffled.
         kept = (*NORMAL_FORM, "label_noise", "train_split")
-        config.data.update({key: own[key] for key in kept})
-        config.seed = trained["seed"]
+        config.data.update({key: trained.data[key] for key in kept})
+        config.seed = trained.seed
         network = network or create_network(config, len(classes))
         like = {"params": network.params, "eval_batch_stats": network.batch_stats}
         items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
@@ -107,7 +101,7 @@ def load_pretrained(
     return Pretrained(network, classes, config, step, scores, folder / str(step))
 
 
-def weigh_second(pretrained: Pretrained, weight: float) -> Pretrained:
+def set_mqdf_weight(pretrained: Pretrained, weight: float) -> Pretrained:
     """Returns a network with another weight of the classical recogniser that it has beside it.
 
     Args:

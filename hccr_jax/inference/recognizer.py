@@ -60,8 +60,8 @@ class Recognizer:
       is_calibrated: whether the temperature was fitted; otherwise it is 1, and the probabilities
         may be too sure or too modest.
       can_reject: whether it tells what is no character.
-      num_views: of an image that the network sees.
-      form: what `canvas.normal_form` is called with besides a bitmap.
+      num_tta_views: of an image that the network sees.
+      form: what `canvas.normalize` is called with besides a bitmap.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Recognizer:
         self.is_calibrated = temperature is not None
         self.form = [data[key] for key in NORMAL_FORM]
         self.can_reject = rejector is not None
-        self.num_views = network.num_views
+        self.num_tta_views = network.num_tta_views
         self._rejector = rejector
         self._step = make_logits_step(network.apply, network.mesh, network.views, self.can_reject)
         params = expose_features(network.params) if rejector else network.params
@@ -154,7 +154,7 @@ class Recognizer:
 
     def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
         """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""
-        return normalize.normal_form(bitmap, *self.form)
+        return normalize.normalize(bitmap, *self.form)
 
     def classify(self, forms: np.ndarray, top: int = 5) -> list[list[Candidate]]:
         """Returns the best candidates for images in normal form, best first.
@@ -203,7 +203,7 @@ class Recognizer:
         size = next(n * self._mesh.size for n in BATCHES if n * self._mesh.size >= len(forms))
         filled = np.zeros((size, *forms.shape[1:]), np.uint8)
         filled[: len(forms)] = forms
-        images = sharding.put_batch(filled, self._mesh)
+        images = sharding.shard_batch(filled, self._mesh)
         return [np.asarray(part)[: len(forms)] for part in self._step(*self._variables, images)]
 
 
@@ -242,7 +242,10 @@ def _read(pretrained: Pretrained, name: str, parse: Callable[[dict[str, Any]], T
         return None
     try:
         value = json.loads(path.read_text("utf-8"))
-        fits = [value["step"], value["views"]] == [pretrained.step, pretrained.network.num_views]
+        fits = [value["step"], value["views"]] == [
+            pretrained.step,
+            pretrained.network.num_tta_views,
+        ]
         return parse(value) if fits else None
     except (ValueError, KeyError, TypeError):
         return None

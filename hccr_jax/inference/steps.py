@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from hccr_jax.inference.tta import Views
+from hccr_jax.inference.tta import TtaViews
 from hccr_jax.models.registry import Apply
 from hccr_jax.ops import cross_entropy
 from hccr_jax.ops.warp import warp
@@ -22,7 +22,7 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def make_eval_step(
-    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: Views | None = None
+    apply: Apply, mesh: Mesh, num_candidates: int = 5, views: TtaViews | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the jitted evaluation step.
 
@@ -30,9 +30,9 @@ def make_eval_step(
       apply: the network.
       mesh: from `sharding.create_mesh`.
       num_candidates: N best classes to return.
-      views: from `augment.create_views`; the network sees each image in all of them, and the mean
+      views: from `augment.create_tta_views`; the network sees each image in all of them, and the mean
         of its probabilities counts, each view weighted by its own weight and by how sure the
-        network is of it (`combine_views`). None for the image alone.
+        network is of it (`combine_tta`). None for the image alone.
 
     Returns:
       step(params, batch_stats, images uint8 (B, S, S), labels (B,)) -> (loss float32 (B,), classes
@@ -56,7 +56,7 @@ def make_eval_step(
 
 
 def make_logits_step(
-    apply: Apply, mesh: Mesh, views: Views | None = None, with_features: bool = False
+    apply: Apply, mesh: Mesh, views: TtaViews | None = None, with_features: bool = False
 ) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, ...]]:
     """Returns the jitted step that gives the scores of all classes.
 
@@ -90,7 +90,7 @@ def make_logits_step(
 
 
 def _outputs(
-    apply: Apply, views: Views | None, params: Any, batch_stats: Any, images: jax.Array
+    apply: Apply, views: TtaViews | None, params: Any, batch_stats: Any, images: jax.Array
 ) -> jax.Array:
     """Returns what the network gives, (B, K), or (V, B, K) of several views."""
     seen = to_float(images)
@@ -102,11 +102,11 @@ def _outputs(
     return outputs.reshape(len(views.maps), len(images), -1)
 
 
-def _combined(logits: jax.Array, views: Views | None) -> jax.Array:
-    return logits if views is None else combine_views(logits, jnp.asarray(views.weights))
+def _combined(logits: jax.Array, views: TtaViews | None) -> jax.Array:
+    return logits if views is None else combine_tta(logits, jnp.asarray(views.weights))
 
 
-def combine_views(logits: jax.Array, weights: jax.Array) -> jax.Array:
+def combine_tta(logits: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the logarithm of the mean probabilities of several views of the same images.
 
     A view counts by its weight times the certainty 1 − H/log K, where H is the entropy of its

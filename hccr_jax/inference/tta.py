@@ -8,7 +8,7 @@ import numpy as np
 from hccr_jax.ops.warp import rotation_matrix
 
 
-class Views(NamedTuple):
+class TtaViews(NamedTuple):
     """How one image is seen at test time.
 
     Attributes:
@@ -20,7 +20,7 @@ class Views(NamedTuple):
     weights: np.ndarray
 
 
-def create_views(count: int, flips: bool, upright_prior: float = 0.25) -> Views:
+def create_tta_views(count: int, flips: bool, upright_prior: float = 0.25) -> TtaViews:
     """Returns the views of an image.
 
     Args:
@@ -33,4 +33,4 @@ def create_views(count: int, flips: bool, upright_prior: float = 0.25) -> Views:
     mirrors = [np.diag([x, y]) for x in (1, -1) for y in (1, -1)] if flips else [np.eye(2)]
     priors = [upright_prior, *[(1 - upright_prior) / 3] * 3] if flips else [1.0]
     maps = np.concatenate([maps @ mirror for mirror in mirrors]).astype(np.float32)
-    return Views(maps, np.repeat(np.array(priors, np.float32), count))
+    return TtaViews(maps, np.repeat(np.array(priors, np.float32), count))

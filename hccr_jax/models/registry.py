@@ -70,7 +70,7 @@ def split_model(model: nnx.Module) -> tuple[Apply, dict, dict]:
     return apply, initial_params, initial_stats
 
 
-def with_mqdf(
+def ensemble_with_mqdf(
     apply: Apply, batch_stats: dict, weight: float, num_classes: int
 ) -> tuple[Apply, dict, nnx.Module]:
     """Returns a network that asks the classical recogniser as well, except in training.

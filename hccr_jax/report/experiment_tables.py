@@ -175,7 +175,7 @@ def _table(experiments: Sequence[Runs], *, folder: Path, gain: str | None = None
     return to_table(lines)
 
 
-def _swings(experiments: Sequence[Runs], *, folder: Path) -> str:
+def _stability(experiments: Sequence[Runs], *, folder: Path) -> str:
     """Returns a line for each run: its validation top-1 from epoch to epoch."""
     lines = [["validation top-1, %", "best", "last", "lowest of the second half", "largest drop"]]
     for run in (run for runs in experiments for run in runs):
@@ -188,11 +188,11 @@ def _swings(experiments: Sequence[Runs], *, folder: Path) -> str:
 
 def _curves(experiments: Sequence[Runs], *, folder: Path, picture: str) -> str:
     courses = {_label(run): run["course"] for runs in experiments for run in runs}
-    plots.write_courses(courses, folder / picture)
+    plots.write_validation_curves(courses, folder / picture)
     return f"![Validation top-1 over the training steps]({picture})"
 
 
-_KINDS: dict[str, Callable[..., str]] = {"table": _table, "swings": _swings, "curves": _curves}
+_KINDS: dict[str, Callable[..., str]] = {"table": _table, "swings": _stability, "curves": _curves}
 
 
 def _label(run: Row) -> str:

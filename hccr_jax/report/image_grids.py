@@ -174,7 +174,7 @@ def write_failures(
     return save(figure, workdir, "robustness_failures")
 
 
-def write_suspects(
+def write_label_errors(
     workdir: str | Path,
     images: np.ndarray,
     labels: np.ndarray,

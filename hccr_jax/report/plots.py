@@ -330,7 +330,9 @@ def write_scaling(
     return path
 
 
-def write_courses(courses: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+def write_validation_curves(
+    courses: Mapping[str, Mapping[str, Sequence[float]]], path: Path
+) -> None:
     """Draws validation top-1 of several runs over the steps; training accuracy in thin lines.
 
     Args:

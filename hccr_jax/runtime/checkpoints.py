@@ -42,7 +42,7 @@ class Checkpoints:
         """
         self.folder = Path(folder).absolute()
         self._keep = keep_latest, keep_best
-        self._writes = keep_latest > 0 and distributed.is_first()
+        self._writes = keep_latest > 0 and distributed.is_primary()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -159,8 +159,8 @@ class Checkpoints:
 
     def _agree(self, choose: Callable[[], int | None]) -> int | None:
         self.wait()
-        step = choose() if distributed.is_first() else None
-        agreed = distributed.agree(-1 if step is None else step)
+        step = choose() if distributed.is_primary() else None
+        agreed = distributed.broadcast(-1 if step is None else step)
         return None if agreed < 0 else agreed
 
     def _rank(self, step: int) -> tuple[float, int]:

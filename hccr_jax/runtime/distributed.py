@@ -13,7 +13,7 @@ from hccr_jax.errors import InputError
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join(timeout_seconds: float) -> None:
+def initialize(timeout_seconds: float) -> None:
     """Makes this process one of several where the environment says so, before JAX's first use.
 
     JAX_COORDINATOR_ADDRESS is host:port of process 0, JAX_NUM_PROCESSES their number and
@@ -55,24 +55,24 @@ def join(timeout_seconds: float) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def are_several() -> bool:
+def is_initialized() -> bool:
     """Returns whether this process has joined others."""
     return jax.distributed.is_initialized()
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Returns whether this is the process that writes files and talks."""
     return jax.process_index() == 0
 
 
-def agree(value: int) -> int:
+def broadcast(value: int) -> int:
     """Returns the first process's value; all must call it, in step."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
-def leave(code: int) -> NoReturn:
+def shutdown(code: int) -> NoReturn:
     """Ends the process; one that failed does not wait for others, nor for threads that cannot end.
 
     The others are to notice.

@@ -29,7 +29,7 @@ class MetricsWriter:
           first_step, total_steps: where the progress bar starts and ends.
         """
         self._file = None
-        if not distributed.is_first():
+        if not distributed.is_primary():
             return
         self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(workdir), flush_secs=30)

@@ -21,17 +21,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Returns the sharding of an array one axis of which is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
 
 
-def put_whole(values: Any, mesh: Mesh) -> Any:
+def replicate(values: Any, mesh: Mesh) -> Any:
     """Places a pytree of host arrays, equal in all processes, on every device."""
     return _put(values, replicated(mesh))
 
 
-def put_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
+def shard_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Places a pytree of host arrays on the devices, split by rows.
 
     Args:
@@ -39,7 +39,7 @@ def put_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
       mesh: from `create_mesh`.
       axis: the axis of the rows.
     """
-    return _put(batch, split_rows(mesh, axis))
+    return _put(batch, batch_sharding(mesh, axis))
 
 
 def make_any_process(asked: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
@@ -50,7 +50,7 @@ def make_any_process(asked: Callable[[], bool], mesh: Mesh) -> Callable[[], bool
     if jax.process_count() == 1:
         return asked
     reduce = jax.jit(jnp.any, out_shardings=replicated(mesh))
-    return lambda: bool(reduce(put_batch(np.full(jax.local_device_count(), asked()), mesh)))
+    return lambda: bool(reduce(shard_batch(np.full(jax.local_device_count(), asked()), mesh)))
 
 
 def _put(values: Any, sharding: NamedSharding) -> Any:

@@ -17,7 +17,7 @@ from hccr_jax.models.mqdf import discriminate, extract_features
 from hccr_jax.ops import cross_entropy
 from hccr_jax.runtime import distributed, sharding
 from hccr_jax.runtime.rng import AUGMENT, row_keys
-from hccr_jax.train.input_pipeline import Feed, call_lengths
+from hccr_jax.train.input_pipeline import BatchSource, chunk_lengths
 
 SCALE_IMAGES = 4096  # that the scale is fitted to; their logits for 3,755 classes take 62 MB
 IMAGES_AT_ONCE = 256
@@ -25,7 +25,7 @@ IMAGES_AT_ONCE = 256
 
 def fit_mqdf(
     params: Any,
-    feed: Feed,
+    feed: BatchSource,
     num_steps: int,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     validation: Split,
@@ -45,10 +45,10 @@ def fit_mqdf(
     fitted = _fit_discriminants(params, *read_features(feed, num_steps, augment))
     images, labels = gather(validation, rows_spread(len(validation.labels), SCALE_IMAGES))
     _set_scale(fitted, _read_images(images), labels)
-    return sharding.put_whole(jax.device_get(fitted), feed.mesh)
+    return sharding.replicate(jax.device_get(fitted), feed.mesh)
 
 
-def fit_beside(params: Any, split: Split, mesh: Mesh) -> Any:
+def fit_mqdf_member(params: Any, split: Split, mesh: Mesh) -> Any:
     """Returns parameters of `models.mqdf.MQDF`, fitted to a split's images as they are.
 
     The scale of the logits is that of discriminants which have not seen a tenth of the writers, on
@@ -70,14 +70,14 @@ def fit_beside(params: Any, split: Split, mesh: Mesh) -> Any:
     )
     _set_scale(partly, features[unseen], labels[unseen])
     fitted["discriminant"]["scale"] = partly["discriminant"]["scale"]
-    return sharding.put_whole(jax.device_get(fitted), mesh)
+    return sharding.replicate(jax.device_get(fitted), mesh)
 
 
 def _read_images(images: np.ndarray) -> np.ndarray:
     """Returns the features, float32 (N, 512), of images uint8 (N, S, S)."""
     compute = jax.jit(lambda images: extract_features(to_float(images)))
     count, parts = len(images), []
-    starts, silent = range(0, count, IMAGES_AT_ONCE), not distributed.is_first()
+    starts, silent = range(0, count, IMAGES_AT_ONCE), not distributed.is_primary()
     for start in tqdm(starts, "features for MQDF", leave=False, unit="batch", disable=silent):
         rows = np.minimum(np.arange(start, start + IMAGES_AT_ONCE), count - 1)
         parts.append(jax.device_get(compute(images[rows])))
@@ -98,7 +98,7 @@ def _set_scale(fitted: Any, features: np.ndarray, labels: np.ndarray) -> None:
 
 
 def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) -> Any:
-    """Returns fitted parameters of `models.mqdf.MQDF`, unscaled; arguments as for `fit_beside`."""
+    """Returns fitted parameters of `models.mqdf.MQDF`, unscaled; arguments as for `fit_mqdf_member`."""
     num_classes, dims, eigenvectors = params["discriminant"]["vectors"].shape
     groups = class_rows(labels, num_classes)
     lda = fit_lda(features, *groups, dims)
@@ -108,7 +108,7 @@ def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) ->
 
 
 def read_features(
-    feed: Feed, num_steps: int, augment: Callable[[jax.Array, jax.Array], jax.Array]
+    feed: BatchSource, num_steps: int, augment: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features float32 (N, 512) and labels int32 (N,) of a run's first `num_steps` batches.
 
@@ -125,7 +125,7 @@ def read_features(
         return extract_features(augment(keys, to_float(images))), labels
 
     parts, step = [], 0
-    for call in feed.calls(0, list(call_lengths(0, num_steps, feed.longest, []))):
+    for call in feed.calls(0, list(chunk_lengths(0, num_steps, feed.longest, []))):
         for index in range(call.num_steps):
             batch = compute(call.arrays, np.int32(index), np.int32(step + index))
             parts.append(jax.device_get(batch))

@@ -51,7 +51,7 @@ def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained)
     return dataclasses.replace(network, params=params, batch_stats=network.batch_stats | own)
 
 
-def tell_start(classes: Sequence[str], pretrained: Pretrained, config: ConfigDict) -> str:
+def describe_start(classes: Sequence[str], pretrained: Pretrained, config: ConfigDict) -> str:
     """Returns what `start_from` takes over, on a line, and a warning if the images look otherwise.
 
     Args:

@@ -1,7 +1,7 @@
 """Batches for training, on the devices when they are needed.
 
 A call of the compiled training program takes several steps, so several batches. There are two ways
-to feed it, and both give the same batches: `StreamFeed` reads ahead on the host, `DeviceFeed` keeps
+to feed it, and both give the same batches: `HostBatches` reads ahead on the host, `DeviceBatches` keeps
 the whole split in the devices' memory, draws the order there and sends nothing.
 """
 
@@ -41,7 +41,7 @@ def training_arrays(split: Split) -> tuple[np.ndarray, ...]:
     return (split.images, split.labels, *answers)
 
 
-def call_lengths(first_step: int, last_step: int, longest: int, every: list[int]) -> Iterator[int]:
+def chunk_lengths(first_step: int, last_step: int, longest: int, every: list[int]) -> Iterator[int]:
     """Yields the numbers of steps of the calls from first_step to last_step.
 
     Args:
@@ -49,7 +49,7 @@ def call_lengths(first_step: int, last_step: int, longest: int, every: list[int]
       longest: no call is longer.
       every: a call ends at each multiple of each of these.
 
-    >>> list(call_lengths(0, 20, 8, [10, 15]))
+    >>> list(chunk_lengths(0, 20, 8, [10, 15]))
     [8, 2, 5, 5]
     """
     step = first_step
@@ -85,7 +85,7 @@ def stream_batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class BatchSource:
     """The training batches of a run, for calls of several steps.
 
     Attributes:
@@ -112,7 +112,7 @@ class Feed:
         raise NotImplementedError
 
 
-class StreamFeed(Feed):
+class HostBatches(BatchSource):
     """Batches read ahead on the host; a call's arrays are those of its steps, (longest, B, …)."""
 
     name = "stream"
@@ -129,27 +129,27 @@ class StreamFeed(Feed):
             parts = [next(batches) for _ in range(count)]
             filling = [tuple(map(np.zeros_like, parts[0]))] * (self.longest - count)
             stacked = tuple(map(np.stack, zip(*parts, *filling, strict=True)))
-            yield Call(count, sharding.put_batch(stacked, self.mesh, axis=1))
+            yield Call(count, sharding.shard_batch(stacked, self.mesh, axis=1))
 
     @staticmethod
     def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
         return tuple(array[step] for array in arrays)
 
 
-class DeviceFeed(Feed):
+class DeviceBatches(BatchSource):
     """The whole split on every device; a call's arrays are rows (longest, B) and the split's."""
 
     name = "device"
 
     def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
-        whole = sharding.put_whole(training_arrays(self.split), self.mesh)
+        whole = sharding.replicate(training_arrays(self.split), self.mesh)
         num_records, room = len(self.split.labels), self.longest * self.batch_size
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         def draw(seed, epoch):
             return permutation(jnp, seed, epoch, num_records)
 
-        @functools.partial(jax.jit, out_shardings=sharding.split_rows(self.mesh, axis=1))
+        @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(self.mesh, axis=1))
         def cut(place, *epochs):
             rows = lax.dynamic_slice(jnp.concatenate(epochs), (place,), (room,))
             return rows.reshape(self.longest, self.batch_size)
@@ -173,7 +173,7 @@ class DeviceFeed(Feed):
         return tuple(map(read, whole))
 
 
-FEEDS = {feed.name: feed for feed in (StreamFeed, DeviceFeed)}
+BATCH_SOURCES = {feed.name: feed for feed in (HostBatches, DeviceBatches)}
 
 
 def choose_placement(placement: str, split: Split, mesh: Mesh) -> str:

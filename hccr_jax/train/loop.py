@@ -21,8 +21,8 @@ from hccr_jax.data.epoch_order import batch_rows
 from hccr_jax.data.from_config import load
 from hccr_jax.data.splits import gather
 from hccr_jax.evaluation.evaluate import evaluate
-from hccr_jax.evaluation.final import assess
-from hccr_jax.inference.pretrained import find_checkpoints, load_pretrained, weigh_second
+from hccr_jax.evaluation.final import run_final_evaluation
+from hccr_jax.inference.pretrained import find_checkpoints, load_pretrained, set_mqdf_weight
 from hccr_jax.inference.steps import to_float
 from hccr_jax.report import image_grids, plots
 from hccr_jax.runtime import distributed, sharding, signals, watchdog
@@ -33,8 +33,8 @@ from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.runtime.workdir import check_room, check_writable, only_writer, replace_text
 from hccr_jax.train.fit_mqdf import fit_mqdf
-from hccr_jax.train.input_pipeline import Call, call_lengths
-from hccr_jax.train.setup import Job, add_second, create_job
+from hccr_jax.train.input_pipeline import Call, chunk_lengths
+from hccr_jax.train.setup import TrainingSetup, attach_mqdf, create_training_setup
 from hccr_jax.train.state import TrainState
 from hccr_jax.train.step import NEVER
 
@@ -79,8 +79,8 @@ def train_and_evaluate(
             if path:
                 find_checkpoints(path, f"config.{key}=")
         timeline = timeline or Timeline()
-        job = create_job(config, timeline, resumes)
-        if distributed.is_first():
+        job = create_training_setup(config, timeline, resumes)
+        if distributed.is_primary():
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(job.initial))
             check_room(workdir, CHECKPOINT_FACTOR * size)
             config_lib.save(config, workdir / "config.json")
@@ -89,7 +89,9 @@ def train_and_evaluate(
             with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
                 learn = fit if config.model.name == "mqdf" else train
                 learn(job, workdir, checkpoints, timeline)
-            return assess(load_pretrained(workdir, config, job.network), job.test, workdir)
+            return run_final_evaluation(
+                load_pretrained(workdir, config, job.network), job.test, workdir
+            )
 
 
 def evaluate_checkpoint(
@@ -115,16 +117,16 @@ def evaluate_checkpoint(
     pretrained = load_pretrained(checkpoint or workdir, config)
     weight, own = config.model.mqdf_weight, pretrained.config.model.mqdf_weight
     if weight > 0.0 and own == 0.0:
-        pretrained = add_second(pretrained, weight)
+        pretrained = attach_mqdf(pretrained, weight)
     elif weight not in (0.0, own):
         print(f"{pretrained.source}: MQDF has the weight {weight:g} instead of {own:g}")
-        pretrained = weigh_second(pretrained, weight)
+        pretrained = set_mqdf_weight(pretrained, weight)
     split = load(pretrained.config, config.data.test_split)
     with _writing(workdir):
-        return assess(pretrained, split, workdir)
+        return run_final_evaluation(pretrained, split, workdir)
 
 
-def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
+def train(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
     """Runs the steps that are left; inside the loop: log, evaluate, save, only then go on."""
     config, steps = job.config, job.steps
     state = _restore(job, checkpoints)
@@ -133,9 +135,9 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
     owes_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
     if step >= steps.total and not owes_scores:
         return
-    if distributed.is_first():
+    if distributed.is_primary():
         (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
-    calls, train_call = _prepare(job, state, timeline)
+    calls, train_chunk = _prepare(job, state, timeline)
     pending: list[dict[str, jax.Array]] = []
     with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as asked:
         leaves = sharding.make_any_process(asked, job.network.mesh)
@@ -145,7 +147,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
         logged, clock, is_first = step, time.monotonic(), True
         watchdog.beat("the first call", watchdog.SLOW)
         for call in calls:
-            state, sums = train_call(state, np.int32(call.num_steps), call.arrays, *job.teachers)
+            state, sums = train_chunk(state, np.int32(call.num_steps), call.arrays, *job.teachers)
             if is_first:
                 is_first = False
                 jax.block_until_ready(sums)
@@ -180,7 +182,7 @@ def train(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline)
 
 
 def _keep(
-    job: Job, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
+    job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
     leaves: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
 ) -> bool:  # fmt: skip
     """Saves a step, evaluated first where asked for; returns whether the run is to go on."""
@@ -196,7 +198,7 @@ def _keep(
         except signals.Stopped:
             stays, statistics = False, state.batch_stats
     checkpoints.save(step, _items(state, statistics), _about(job), scores)
-    if distributed.is_first() and _is_old(workdir / "plots" / "loss.png"):
+    if distributed.is_primary() and _is_old(workdir / "plots" / "loss.png"):
         plots.write_curves(workdir)
     if not stays:
         checkpoints.wait()
@@ -209,23 +211,23 @@ def _is_old(picture: Path) -> bool:
 
 
 def _prepare(
-    job: Job, state: TrainState, timeline: Timeline
+    job: TrainingSetup, state: TrainState, timeline: Timeline
 ) -> tuple[Iterator[Call], Callable[..., Any]]:
     """Returns the calls that are left, and the compiled training program."""
     config, steps = job.config, job.steps
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
-    lengths = list(call_lengths(int(state.step), steps.total, job.feed.longest, every))
+    lengths = list(chunk_lengths(int(state.step), steps.total, job.feed.longest, every))
     if not lengths:
-        return iter(()), job.train_call
+        return iter(()), job.train_chunk
     calls = job.feed.calls(int(state.step), lengths)
     head = next(calls)
     timeline.lap("first batch")
-    train_call = _compile(job, state, head)
+    train_chunk = _compile(job, state, head)
     timeline.lap("compile")
-    return itertools.chain([head], calls), train_call
+    return itertools.chain([head], calls), train_chunk
 
 
-def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
+def fit(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
     """Fits the classical recogniser to the batches of the whole run and saves its last step."""
     config, network, total = job.config, job.network, job.steps.total
     if (checkpoints.latest_step() or 0) >= total:
@@ -245,7 +247,7 @@ def fit(job: Job, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -
     checkpoints.save(total, items, _about(job), scores)
 
 
-def _about(job: Job) -> dict[str, Any]:
+def _about(job: TrainingSetup) -> dict[str, Any]:
     """Returns what travels with a checkpoint's arrays."""
     return {"classes": list(job.train.classes), "config": job.config.to_dict()}
 
@@ -259,7 +261,7 @@ def _items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:
     return items | {"progress": progress}
 
 
-def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
+def _restore(job: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
     """Returns the state of the newest checkpoint, or the initial one."""
     step = checkpoints.latest_step()
     if step is None:
@@ -275,7 +277,7 @@ def _restore(job: Job, checkpoints: Checkpoints) -> TrainState:
     return TrainState(seed=job.initial.seed, **params, **items["progress"])
 
 
-def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
+def _compile(job: TrainingSetup, state: TrainState, call: Call) -> Callable[..., Any]:
     """Compiles the training program ahead of the loop and says what the run is and needs."""
     config = job.config
     print(job.network.summary)
@@ -287,7 +289,7 @@ def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
         f"{job.feed.longest} a call, data: {job.feed.name}"
     )
     start = time.monotonic()
-    compiled = job.train_call.lower(
+    compiled = job.train_chunk.lower(
         state, np.int32(call.num_steps), call.arrays, *job.teachers
     ).compile()
     memory = compiled.memory_analysis()
@@ -296,13 +298,13 @@ def _compile(job: Job, state: TrainState, call: Call) -> Callable[..., Any]:
     return compiled
 
 
-def _fresh_statistics(job: Job, state: TrainState) -> Any:
+def _fresh_statistics(job: TrainingSetup, state: TrainState) -> Any:
     """Returns batch-norm statistics to evaluate with: taken anew, or the running averages."""
     config = job.config
     averages, mine = state.batch_stats, process_rows(config.batch_size)
     for count in range(config.eval.batch_norm_batches):
         rows = batch_rows(config.seed, count, config.batch_size, len(job.train.labels))
-        batch = sharding.put_batch(gather(job.train, rows[mine]), job.network.mesh)
+        batch = sharding.shard_batch(gather(job.train, rows[mine]), job.network.mesh)
         averages = job.statistics_step(
             state.eval_params, averages, batch.images, jnp.int32(count), state.seed
         )
@@ -310,7 +312,10 @@ def _fresh_statistics(job: Job, state: TrainState) -> Any:
 
 
 def _validate(
-    job: Job, state: TrainState, statistics: Any, leaves: Callable[[], bool] = lambda: False
+    job: TrainingSetup,
+    state: TrainState,
+    statistics: Any,
+    leaves: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     size, network = job.network.eval_batch_size, job.network
     answers = evaluate(
@@ -320,9 +325,9 @@ def _validate(
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 
 
-def _write_augmented_sheet(job: Job, workdir: Path) -> None:
+def _write_augmented_sheet(job: TrainingSetup, workdir: Path) -> None:
     """Draws some training images before and after augmentation."""
-    if not distributed.is_first():
+    if not distributed.is_primary():
         return
     count = min(SHEET_IMAGES, len(job.train.labels))
     images, labels = gather(job.train, batch_rows(job.config.seed, 0, count, len(job.train.labels)))
@@ -345,7 +350,7 @@ def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
     """Returns the mean of each metric over those of some steps that counted, and what was not so.
 
     Args:
-      sums: of each call, see `train_step.make_train_call`.
+      sums: of each call, see `train_step.make_train_chunk`.
       num_steps: of all of them.
     """
     rows = jax.device_get(sums)
@@ -362,7 +367,7 @@ def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
     )
 
 
-def _check_finite(job: Job, workdir: Path, row: dict[str, float], step: int) -> None:
+def _check_finite(job: TrainingSetup, workdir: Path, row: dict[str, float], step: int) -> None:
     """Checks that the numbers of all steps since the last row were finite, or may be passed over.
 
     Args:
@@ -375,7 +380,7 @@ def _check_finite(job: Job, workdir: Path, row: dict[str, float], step: int) -> 
     if "first_bad" not in row:
         return
     bad = int(row.pop("first_bad"))
-    if distributed.is_first():
+    if distributed.is_primary():
         split, config = job.train, job.config
         rows = batch_rows(config.seed, bad, config.batch_size, len(split.labels))
         records = [
@@ -402,5 +407,5 @@ def _check_finite(job: Job, workdir: Path, row: dict[str, float], step: int) -> 
 @contextlib.contextmanager
 def _writing(workdir: Path) -> Iterator[None]:
     """Makes a workdir and holds it against other runs; among several processes the first does."""
-    with only_writer(workdir) if distributed.is_first() else contextlib.nullcontext():
+    with only_writer(workdir) if distributed.is_primary() else contextlib.nullcontext():
         yield

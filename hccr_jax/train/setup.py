@@ -27,17 +27,17 @@ from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train import optim
 from hccr_jax.train.augment import make_augment, make_is_mirrored
-from hccr_jax.train.fit_mqdf import fit_beside
-from hccr_jax.train.init_from import start_from, tell_start
-from hccr_jax.train.input_pipeline import FEEDS, Feed, choose_placement
+from hccr_jax.train.fit_mqdf import fit_mqdf_member
+from hccr_jax.train.init_from import describe_start, start_from
+from hccr_jax.train.input_pipeline import BATCH_SOURCES, BatchSource, choose_placement
 from hccr_jax.train.state import TrainState, create_train_state
-from hccr_jax.train.step import Augment, make_statistics_step, make_train_call, make_train_step
+from hccr_jax.train.step import Augment, make_statistics_step, make_train_chunk, make_train_step
 
 _ONCE_ROWS = 2048  # augmented at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingSetup:
     """What a training run needs.
 
     Attributes:
@@ -47,7 +47,7 @@ class Job:
       steps: lengths of everything.
       augment: from `augment.make_augment`.
       schedule: learning rate by step.
-      train_call, statistics_step: from `train_step`; jitted.
+      train_chunk, statistics_step: from `train_step`; jitted.
       feed: the batches of its calls.
       teachers: further arguments of its calls: none, or a teacher's (params, batch_stats).
       initial: the state before the first step.
@@ -61,14 +61,16 @@ class Job:
     steps: Steps
     augment: Augment
     schedule: Callable[[Any], Any]
-    train_call: Any
-    feed: Feed
+    train_chunk: Any
+    feed: BatchSource
     teachers: tuple[Any, ...]
     statistics_step: Callable[..., Any]
     initial: TrainState
 
 
-def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) -> Job:
+def create_training_setup(
+    config: ConfigDict, timeline: Timeline, resumes: bool = False
+) -> TrainingSetup:
     """Returns everything a training run needs; data sets are put into normal form on first use.
 
     Args:
@@ -90,15 +92,18 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     teacher = None
     if config.teacher.checkpoint:
         teacher, form = _load_teacher(config, train)
-        if config.teacher.once:
+        if config.teacher.precompute:
             seen = load_training(form).images
-            train, teacher = dataclasses.replace(train, answers=_ask(teacher, seen)), None
+            train, teacher = (
+                dataclasses.replace(train, answers=compute_teacher_logits(teacher, seen)),
+                None,
+            )
     optimizer, schedule = _create_optimizer(config, steps)
     augment: Augment = make_augment(**augment_options(config))
-    is_unknown = None
-    if config.loss.mirrored_unknown:
+    is_uniform = None
+    if config.loss.mirrored_as_uniform:
         flips = config.augment.flip_left_right_prob, config.augment.flip_up_down_prob
-        is_unknown = make_is_mirrored(*flips)
+        is_uniform = make_is_mirrored(*flips)
     if config.augment.once:
         train = augment_once(train, augment, config.seed)
         augment = _leave
@@ -116,15 +121,15 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         reduce_dtype=jnp.dtype(config.reduce_dtype),
         strict_shards=config_lib.strict_shards(config),
         average_decay=config.optimizer.average_decay,
-        is_unknown=is_unknown,
+        is_uniform=is_uniform,
         teacher=teacher.apply if teacher else None,
         has_answers=train.answers is not None,
         teacher_weight=config.teacher.weight,
         teacher_temperature=config.teacher.temperature,
     )
-    longest = steps_per_call(config)
+    longest = steps_per_execution(config)
     placement = choose_placement(data.placement, train, network.mesh)
-    feed = FEEDS[placement](train, network.mesh, config.seed, config.batch_size, longest)
+    feed = BATCH_SOURCES[placement](train, network.mesh, config.seed, config.batch_size, longest)
     state = create_train_state(
         network.params,
         network.batch_stats,
@@ -134,7 +139,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
     )
     state = jax.device_put(state, sharding.replicated(network.mesh))
     timeline.lap("network")
-    return Job(
+    return TrainingSetup(
         config=config,
         network=network,
         train=train,
@@ -143,7 +148,7 @@ def create_job(config: ConfigDict, timeline: Timeline, resumes: bool = False) ->
         steps=steps,
         augment=augment,
         schedule=schedule,
-        train_call=make_train_call(train_step, feed.pick, longest),
+        train_chunk=make_train_chunk(train_step, feed.pick, longest),
         feed=feed,
         teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
         statistics_step=make_statistics_step(
@@ -161,7 +166,7 @@ def _start(network: Network, config: ConfigDict, train: Split) -> Network:
     if config.init_from:
         pretrained = load_pretrained(config.init_from, config)
         network = start_from(network, train.classes, pretrained)
-        print(tell_start(train.classes, pretrained, config))
+        print(describe_start(train.classes, pretrained, config))
     if config.model.mqdf_weight > 0.0:
         network = _fit_second(network, train)
     return network
@@ -169,11 +174,11 @@ def _start(network: Network, config: ConfigDict, train: Split) -> Network:
 
 def _fit_second(network: Network, train: Split) -> Network:
     """Returns a network whose classical recogniser beside it is fitted."""
-    fitted = fit_beside(network.batch_stats["mqdf"], train, network.mesh)
+    fitted = fit_mqdf_member(network.batch_stats["mqdf"], train, network.mesh)
     return dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": fitted})
 
 
-def add_second(pretrained: Pretrained, weight: float) -> Pretrained:
+def attach_mqdf(pretrained: Pretrained, weight: float) -> Pretrained:
     """Returns a trained network with the classical recogniser beside it, as if trained with it.
 
     Args:
@@ -225,23 +230,23 @@ def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict
     seen = config.copy_and_resolve_references()
     seen.data.update({key: teacher.config.data[key] for key in NORMAL_FORM})
     for key in NORMAL_FORM:
-        if seen.data[key] != config.data[key] and not config.teacher.once:
+        if seen.data[key] != config.data[key] and not config.teacher.precompute:
             raise InputError(
                 f"{teacher.source}: a teacher trained with data.{key}={seen.data[key]!r} cannot "
                 f"judge images of data.{key}={config.data[key]!r}; with "
-                f"--config.teacher.once=True it is asked about its own"
+                f"--config.teacher.precompute=True it is asked about its own"
             )
     return teacher.network, seen
 
 
-def _ask(teacher: Network, images: np.ndarray) -> np.ndarray:
+def compute_teacher_logits(teacher: Network, images: np.ndarray) -> np.ndarray:
     """Returns a teacher's logits for images as they are, float16 (N, K)."""
     step = make_logits_step(teacher.apply, teacher.mesh)
     size = teacher.eval_batch_size
     outputs = read_outputs(step, teacher.params, teacher.batch_stats, images, size, teacher.mesh)
     batches = tqdm(
         outputs, "asking the teacher", math.ceil(len(images) / size), leave=False, unit="batch",
-        disable=not distributed.is_first(),
+        disable=not distributed.is_primary(),
     )  # fmt: skip
     return np.concatenate([logits.astype(np.float16) for (logits,) in batches])
 
@@ -273,6 +278,6 @@ def _leave(keys: jax.Array, images: jax.Array) -> jax.Array:
     return images
 
 
-def steps_per_call(config: ConfigDict) -> int:
+def steps_per_execution(config: ConfigDict) -> int:
     """Returns the most steps of a call; the automatic choice hides an accelerator's host."""
-    return config.steps_per_call or (1 if jax.default_backend() == "cpu" else 50)
+    return config.steps_per_execution or (1 if jax.default_backend() == "cpu" else 50)

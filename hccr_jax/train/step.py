@@ -74,7 +74,7 @@ def make_train_step(
     average_decay: float = 0.0,
     teacher: Apply | None = None,
     has_answers: bool = False,
-    is_unknown: IsMirrored | None = None,
+    is_uniform: IsMirrored | None = None,
     **loss: float,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted training step.
@@ -97,7 +97,7 @@ def make_train_step(
       average_decay: of the moving average of the parameters, where the state has one.
       teacher: a trained network whose answers to the same augmented images are learnt as well.
       has_answers: a teacher's answers come with the labels.
-      is_unknown: tells by the augmentation's keys (B,) which images, bool (B,), are to be taken for
+      is_uniform: tells by the augmentation's keys (B,) which images, bool (B,), are to be taken for
         no character at all.
       **loss: numbers that `losses.training_loss` takes.
 
@@ -126,7 +126,7 @@ def make_train_step(
                 for array in rows
             )
             inputs = augment(augment_keys, to_float(images))[..., None]
-            unknown = is_unknown(augment_keys) if is_unknown else None
+            unknown = is_uniform(augment_keys) if is_uniform else None
             teacher_logits = answers[0].astype(jnp.float32) if has_answers else None
             if teacher:
                 teacher_logits, _ = teacher(*teacher_variables, inputs)
@@ -192,7 +192,7 @@ def make_train_step(
         rows = images, labels, augment_keys, dropout_keys
         return sharded_step(state, teacher_variables, *rows, *lessons[: int(has_answers)])
 
-    on_all, by_rows = sharding.replicated(mesh), sharding.split_rows(mesh)
+    on_all, by_rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     return jax.jit(
         train_step,
         in_shardings=(on_all, by_rows, by_rows)
@@ -231,14 +231,14 @@ def _sum_in_order(part: Callable[[Any], Any], num_parts: int, step: jax.Array) -
     return lax.optimization_barrier(sums)
 
 
-def make_train_call(
+def make_train_chunk(
     step: Callable[..., Any], pick: Callable[..., Any], longest: int
 ) -> Callable[..., Any]:
     """Returns the jitted function that runs several training steps in one call.
 
     Args:
       step: from `make_train_step`.
-      pick: finds a step's batch in the arrays of a call, see `data.input_pipeline.Feed`.
+      pick: finds a step's batch in the arrays of a call, see `data.input_pipeline.BatchSource`.
       longest: most steps of a call; 1 compiles to the bare step, without a loop.
 
     Returns:
@@ -249,7 +249,7 @@ def make_train_call(
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_call(
+    def train_chunk(
         state: TrainState, num_steps: jax.Array, arrays: tuple[jax.Array, ...], *teachers: Any
     ):
         def another(index, carry):
@@ -267,7 +267,7 @@ def make_train_call(
         zeros["first_bad"] = jnp.int32(NEVER)
         return lax.fori_loop(0, num_steps, another, (state, zeros))
 
-    return train_call
+    return train_chunk
 
 
 def make_statistics_step(

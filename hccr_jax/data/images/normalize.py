@@ -1,6 +1,6 @@
 """The normal form of a character image: the only one in the project.
 
-Training, evaluation, prediction and export all see a character through `normal_form`, because a
+Training, evaluation, prediction and export all see a character through `normalize`, because a
 resize that differs between training and use costs more accuracy than any recipe wins.
 """
 
@@ -62,7 +62,7 @@ def squared_aspect(aspect: float) -> float:
     return math.sqrt(math.sin(math.pi / 2 * aspect))
 
 
-def normal_form(
+def normalize(
     bitmap: np.ndarray, image_px: int, margin_px: int, aspect: str = "keep"
 ) -> np.ndarray:
     """Returns a character in normal form: cropped to its ink, centred, square, resized, inverted.
@@ -77,7 +77,7 @@ def normal_form(
       uint8 (S, S), ink high, paper 0. An image without ink gives zeros.
 
     >>> bar = np.full((6, 40), 255, np.uint8); bar[2:4, 10:30] = 0
-    >>> form = normal_form(bar, image_px=16, margin_px=2)
+    >>> form = normalize(bar, image_px=16, margin_px=2)
     >>> form.shape, [int(i) for i in np.flatnonzero(form.max(axis=0) > 127)]
     ((16, 16), [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13])
     """

@@ -64,7 +64,7 @@ def write_gnt_archives(
     num_train_writers: int,
     num_test_writers: int,
     seed: int = 0,
-    haste: float = 1.0,
+    cursiveness: float = 1.0,
     processes: int | None = None,
     progress: bool = True,
 ) -> tuple[Path, Path]:
@@ -79,7 +79,7 @@ def write_gnt_archives(
       num_train_writers: members 1001-c.gnt and on, at least 1.
       num_test_writers: the members that follow, in the second archive, at least 1.
       seed: of all writers.
-      haste: theirs, see `handwriting.create_writer`.
+      cursiveness: theirs, see `handwriting.create_writer`.
       processes: worker processes; None means one a core.
       progress: whether to show a progress bar on stderr.
 
@@ -100,18 +100,18 @@ def write_gnt_archives(
     bar = tqdm(total=total, desc="strokes", unit=" characters", disable=not progress)
     with _single_threaded_workers(processes or cpu_count()) as pool, bar:
         for path, writers in archives:
-            members = _members(pool, writers, "".join(characters), seed, haste)
+            members = _members(pool, writers, "".join(characters), seed, cursiveness)
             _write_archive(path, writers, members, lambda: bar.update(len(characters)))
     return archives[0][0], archives[1][0]
 
 
-def write_member(characters: str, writer_number: int, seed: int, haste: float = 1.0) -> bytes:
+def write_member(characters: str, writer_number: int, seed: int, cursiveness: float = 1.0) -> bytes:
     """Returns the `.gnt` file of one simulated writer: each character once.
 
     >>> write_member("一", 1001, seed=0)[4:6].decode("gbk")
     '一'
     """
-    writer = create_writer([seed, writer_number], haste)
+    writer = create_writer([seed, writer_number], cursiveness)
     # The third number keeps this stream apart from the one that made the writer.
     rng = np.random.default_rng([seed, writer_number, 1])
     return b"".join(
@@ -156,12 +156,12 @@ def _single_threaded_workers(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _members(
-    pool: ProcessPoolExecutor, writers: range, characters: str, seed: int, haste: float
+    pool: ProcessPoolExecutor, writers: range, characters: str, seed: int, cursiveness: float
 ) -> Iterator[bytes]:
     """Yields the writers' files in order, with few of them waiting in memory."""
     pending: deque[Future[bytes]] = deque()
     for writer in writers:
-        pending.append(pool.submit(write_member, characters, writer, seed, haste))
+        pending.append(pool.submit(write_member, characters, writer, seed, cursiveness))
         if len(pending) > 2 * cpu_count():
             yield pending.popleft().result()
     while pending:

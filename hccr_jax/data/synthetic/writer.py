@@ -71,7 +71,7 @@ class Writer:
     mottle: float  # the same between places some pixels apart
 
 
-def create_writer(seed: int | Sequence[int], haste: float = 1.0) -> Writer:
+def create_writer(seed: int | Sequence[int], cursiveness: float = 1.0) -> Writer:
     """Returns the simulated writer of a seed; different seeds give clearly different hands.
 
     The ranges are set so that widths, heights, line widths and grey levels spread like those of
@@ -79,15 +79,22 @@ def create_writer(seed: int | Sequence[int], haste: float = 1.0) -> Writer:
 
     Args:
       seed: of the writer.
-      haste: from 0 to 1, how far the hand departs from the model: 1 for the hurried writers of
+      cursiveness: from 0 to 1, how far the hand departs from the model: 1 for the hurried writers of
         CASIA-HWDB, less for neater ones.
 
     >>> create_writer(1).ink == create_writer(1).ink != create_writer(2).ink
     True
     """
     rng = np.random.default_rng(seed)
-    hurry = haste * rng.beta(1.6, 1.6)  # 0 writes stroke by stroke, 1 runs everything together
-    warp = rng.standard_normal((len(WARP_SPREAD), 2)) * WARP_SPREAD * rng.uniform(0.5, 1.3) * haste
+    hurry = cursiveness * rng.beta(
+        1.6, 1.6
+    )  # 0 writes stroke by stroke, 1 runs everything together
+    warp = (
+        rng.standard_normal((len(WARP_SPREAD), 2))
+        * WARP_SPREAD
+        * rng.uniform(0.5, 1.3)
+        * cursiveness
+    )
     warp[:2] += ((rng.lognormal(math.log(0.80), 0.11), 0), (0, 1))
     warp[0, 1] += rng.normal(-0.10, 0.08)  # lines from left to right rise
     warp[1, 0] += rng.normal(-0.02, 0.12)  # slant
@@ -99,12 +106,12 @@ def create_writer(seed: int | Sequence[int], haste: float = 1.0) -> Writer:
         blur_px=rng.uniform(1.6, 2.8),
         warp=warp.astype(np.float32),
         direction_habit=direction_habit.astype(np.float32),
-        warp_spread=rng.uniform(0.4, 1.0) * haste,
+        warp_spread=rng.uniform(0.4, 1.0) * cursiveness,
         size_spread=rng.uniform(0.05, 0.12),
-        component_spread=rng.uniform(0.02, 0.055) * (0.6 + 0.8 * hurry) * haste,
-        stroke_spread=rng.uniform(0.010, 0.028) * (0.6 + 0.8 * hurry) * haste,
-        turn_spread=rng.uniform(0.03, 0.10) * haste,
-        stretch_spread=rng.uniform(0.05, 0.20) * haste,
+        component_spread=rng.uniform(0.02, 0.055) * (0.6 + 0.8 * hurry) * cursiveness,
+        stroke_spread=rng.uniform(0.010, 0.028) * (0.6 + 0.8 * hurry) * cursiveness,
+        turn_spread=rng.uniform(0.03, 0.10) * cursiveness,
+        stretch_spread=rng.uniform(0.05, 0.20) * cursiveness,
         bow=rng.normal(0, 0.03),
         bow_spread=rng.uniform(0.02, 0.09),
         tremor=rng.uniform(0, 0.006),

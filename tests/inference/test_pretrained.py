@@ -22,8 +22,8 @@ from hccr_jax.inference.steps import to_float
 from hccr_jax.runtime.checkpoint_seal import write_manifest
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.startup import Timeline
-from hccr_jax.train.init_from import start_from, tell_start
-from hccr_jax.train.setup import _load_teacher, create_job
+from hccr_jax.train.init_from import describe_start, start_from
+from hccr_jax.train.setup import _load_teacher, create_training_setup
 
 
 @pytest.fixture(scope="session")
@@ -121,13 +121,13 @@ def test_all_level1_characters_onto_a_few(tiny_job: list[str]) -> None:
         rows = old.params["classifier"][name][..., jnp.array([3754, 1, 0])]
         np.testing.assert_array_equal(leaf[..., jnp.array([0, 2, 3])], rows)
         np.testing.assert_array_equal(leaf[..., 1], fresh.params["classifier"][name][..., 1])
-    assert tell_start(few, pretrained, pretrained.config) == (
+    assert describe_start(few, pretrained, pretrained.config) == (
         "starting from runs/old/7: of the last layer 3 characters are kept, 1 are new, 3,752 are "
         "left out"
     )
     other = parse(tiny_job, "--config.data.aspect=adaptive")
     warning = "warning: it was trained with data.aspect='keep', and not 'adaptive'"
-    assert tell_start(few, pretrained, other).splitlines()[1] == warning
+    assert describe_start(few, pretrained, other).splitlines()[1] == warning
 
 
 def test_another_architecture_is_refused(tiny_job: list[str]) -> None:
@@ -205,14 +205,14 @@ def test_a_teacher_must_see_the_same_images_and_mean_the_same_classes(
             _load_teacher(changed, train)
         assert str(caught.value) == (
             f"{source / 'checkpoints' / '4'}: a teacher trained with data.{key}={own!r} cannot "
-            f"judge images of data.{key}={value!r}; with --config.teacher.once=True it is asked "
+            f"judge images of data.{key}={value!r}; with --config.teacher.precompute=True it is asked "
             f"about its own"
         )
 
 
 def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> None:
     asked = {"checkpoint": source, "weight": 0.25, "temperature": 3.0}
-    job = create_job(
+    job = create_training_setup(
         parse(tiny_job, *(f"--config.teacher.{key}={value}" for key, value in asked.items())),
         Timeline(),
     )
@@ -236,17 +236,17 @@ def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     by_label = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
     away = 9.0 * entropy(softmax(answer / 3, axis=1), softmax(logits / 3, axis=1), axis=1)
     assert away.mean() > 1e-3
-    _, sums = job.train_call(job.initial, np.int32(1), call.arrays, *job.teachers)
+    _, sums = job.train_chunk(job.initial, np.int32(1), call.arrays, *job.teachers)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
 
 
 def test_a_teacher_asked_once_is_shown_its_own_normal_form(
     source: Path, tiny_job: list[str]
 ) -> None:
-    flags = [f"--config.teacher.checkpoint={source}", "--config.teacher.once=True"]
-    own = create_job(parse(tiny_job, *flags), Timeline()).train
+    flags = [f"--config.teacher.checkpoint={source}", "--config.teacher.precompute=True"]
+    own = create_training_setup(parse(tiny_job, *flags), Timeline()).train
     flags += ["--config.data.image_px=48", "--config.data.aspect=adaptive"]
-    train = create_job(parse(tiny_job, *flags), Timeline()).train
+    train = create_training_setup(parse(tiny_job, *flags), Timeline()).train
     assert (own.images.shape[1:], train.images.shape[1:]) == ((32, 32), (48, 48))
     np.testing.assert_array_equal(train.labels, own.labels)
     np.testing.assert_array_equal(train.answers, own.answers)
@@ -256,10 +256,10 @@ def test_a_teacher_asked_once_is_shown_its_own_normal_form(
 def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
     source: Path, tiny_job: list[str], placement: str
 ) -> None:
-    asked = {"checkpoint": source, "once": True, "weight": 1.0, "temperature": 3.0}
+    asked = {"checkpoint": source, "precompute": True, "weight": 1.0, "temperature": 3.0}
     flags = [f"--config.teacher.{key}={value}" for key, value in asked.items()]
     flags.append(f"--config.data.placement={placement}")
-    job = create_job(parse(tiny_job, *flags), Timeline())
+    job = create_training_setup(parse(tiny_job, *flags), Timeline())
     assert job.teachers == ()
 
     call = next(job.feed.calls(0, [1]))
@@ -277,5 +277,5 @@ def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
     )(inputs)
     answer, logits = (np.asarray(x, np.float64) / 3 for x in (answer, logits))
     away = 9.0 * entropy(softmax(answer, axis=1), softmax(logits, axis=1), axis=1)
-    _, sums = job.train_call(job.initial, np.int32(1), call.arrays)
+    _, sums = job.train_chunk(job.initial, np.int32(1), call.arrays)
     np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # answers of half precision

@@ -21,7 +21,7 @@ from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.rejector import RIDGE, Rejector, to_traits
 from hccr_jax.inference.steps import make_logits_step
-from hccr_jax.inference.tta import create_views
+from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.metrics.ranking import auroc, risk_coverage
 from hccr_jax.models.registry import create_model, expose_features, split_model
 from hccr_jax.runtime import sharding
@@ -97,13 +97,13 @@ def test_risk_at_full_coverage_is_the_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "lenet5"])
-@pytest.mark.parametrize("num_views", [0, 3])
-def test_features_are_what_the_last_layer_sees(name: str, num_views: int) -> None:
+@pytest.mark.parametrize("num_tta_views", [0, 3])
+def test_features_are_what_the_last_layer_sees(name: str, num_tta_views: int) -> None:
     options = {"width": 0.1} if name == "mobilenet_v1" else {}
     model = create_model(name, num_classes=7, image_px=32, rngs=nnx.Rngs(0), **options)
     apply, params, batch_stats = split_model(model)
     mesh = sharding.create_mesh()
-    views = create_views(num_views, False, 0.25) if num_views else None
+    views = create_tta_views(num_tta_views, False, 0.25) if num_tta_views else None
     images = np.random.default_rng(6).integers(0, 256, (mesh.size, 32, 32)).astype(np.uint8)
     plain = make_logits_step(apply, mesh, views)
     (expected,) = plain(params, batch_stats, images)

@@ -159,4 +159,4 @@ def test_images_are_in_the_normal_form_of_the_run(tiny_job: list[str]) -> None:
     bitmaps = splits.load_bitmaps(source.name, source.data_dir, "train", draws["row"])
     for image, bitmap, angle in zip(images, bitmaps, draws["angle_deg"].tolist(), strict=True):
         distorted = distort(bitmap, angle_deg=angle)
-        np.testing.assert_array_equal(image, normalize.normal_form(distorted, 48, 3, "adaptive"))
+        np.testing.assert_array_equal(image, normalize.normalize(distorted, 48, 3, "adaptive"))

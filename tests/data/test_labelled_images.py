@@ -19,7 +19,7 @@ from hccr_jax.data.images import ink, normalize
 from hccr_jax.errors import InputError
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.runtime.startup import Timeline
-from hccr_jax.train.setup import create_job
+from hccr_jax.train.setup import create_training_setup
 
 # In the order of the data set's classes, which is Unicode's.
 CHARACTERS = "A一丁永𠀀"
@@ -71,7 +71,7 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
         assert (
             labelled_images.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
         )
-        exact = normalize.normal_form(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
+        exact = normalize.normalize(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
         np.testing.assert_array_equal(loaded.images[row], exact)
 
 
@@ -320,10 +320,10 @@ def test_fine_tuning_keeps_the_weights_of_known_characters(
         "--config.batch_size=8",
         "--config.num_steps=1",
     ]
-    fresh = create_job(main_lib.parse(["main", *flags]).config, Timeline())
+    fresh = create_training_setup(main_lib.parse(["main", *flags]).config, Timeline())
     capsys.readouterr()
     flags += [f"--config.init_from={finished}"]
-    job = create_job(main_lib.parse(["main", *flags]).config, Timeline())
+    job = create_training_setup(main_lib.parse(["main", *flags]).config, Timeline())
     assert "3 characters are kept, 1 are new, 5 are left out" in capsys.readouterr().out
     assert job.train.classes == tuple(chosen)
     old = saved(finished, load_pretrained(finished).step)

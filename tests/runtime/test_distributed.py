@@ -2,55 +2,15 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import ROOT, assert_same_checkpoint, rows
+from runs import ROOT, assert_same_checkpoint, finish, rows, start_group
 
 STRICT = ["--config.strict_determinism=True", "--config.batch_size=16"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
-def start_group(
-    flags: list[str],
-    workdir: Path,
-    num_processes: int,
-    num_devices: int = 1,
-    program: tuple[str, ...] = ("-m", "hccr_jax.main"),
-) -> list[subprocess.Popen[str]]:
-    """Starts a job in some processes of so many devices each."""
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(num_devices),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
-        "JAX_NUM_PROCESSES": str(num_processes),
-    }
-    command = [sys.executable, *program, *flags, f"--workdir={workdir}"]
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(index)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for index in range(num_processes)
-    ]  # fmt: skip
-
-
-def finish(group: list[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
-    """Waits for all and returns their exit codes, outputs and messages."""
-    try:
-        said = [process.communicate(timeout=timeout) for process in group]
-    finally:
-        for process in group:
-            process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(group, said, strict=True)]
 
 
 def test_two_processes_train_as_one_to_the_bit(
@@ -85,7 +45,7 @@ def test_a_wrong_environment_is_told(changes: dict[str, str], message: str) -> N
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": "0",
     }
-    code = "from hccr_jax import processes; processes.join(9)"
+    code = "from hccr_jax.runtime import distributed; distributed.initialize(9)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment | changes,
         cwd=ROOT, capture_output=True, text=True,

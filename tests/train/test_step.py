@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
-from hccr_jax.inference.steps import combine_views, make_eval_step, to_float
-from hccr_jax.inference.tta import create_views
+from hccr_jax.inference.steps import combine_tta, make_eval_step, to_float
+from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.models.blocks import InvertedResidual
 from hccr_jax.models.layers import Classifier, ConvNorm
 from hccr_jax.models.registry import create_model, split_model
@@ -28,7 +28,7 @@ from hccr_jax.train.step import (
     NEVER,
     average_statistics,
     make_statistics_step,
-    make_train_call,
+    make_train_chunk,
     make_train_step,
 )
 
@@ -354,7 +354,7 @@ def test_a_call_is_its_steps_in_turn_whatever_its_length(descent):
     (_, params, batch_stats), optimizer, step = descent
     batches = [make_batch(16, seed) for seed in range(5)]
     arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
-    call = make_train_call(step, lambda arrays, index: tuple(a[index] for a in arrays), longest=5)
+    call = make_train_chunk(step, lambda arrays, index: tuple(a[index] for a in arrays), longest=5)
 
     def run(lengths):
         state, sums, done = fresh(params, batch_stats, optimizer, mesh_of(4)), [], 0
@@ -389,7 +389,7 @@ def test_no_convolution_stands_in_the_loop_on_a_cpu(name):
     state = jax.eval_shape(lambda: create_train_state(params, batch_stats, optimizer))
     images = jax.ShapeDtypeStruct((2, 4, 32, 32), np.uint8)
     labels = jax.ShapeDtypeStruct((2, 4), np.int32)
-    call = make_train_call(step, lambda arrays, k: tuple(a[k] for a in arrays), longest=2)
+    call = make_train_chunk(step, lambda arrays, k: tuple(a[k] for a in arrays), longest=2)
     program = call.lower(state, np.int32(1), (images, labels)).as_text()
     assert "while" in program
     assert "convolution" not in program
@@ -489,7 +489,7 @@ def test_a_call_hands_the_teacher_to_each_of_its_steps(lesson):
     (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
     batches = [make_batch(16, seed) for seed in range(2)]
     arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
-    call = make_train_call(
+    call = make_train_chunk(
         steps[1], lambda arrays, index: tuple(a[index] for a in arrays), longest=2
     )
     state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
@@ -556,7 +556,7 @@ def test_the_eval_step_ranks_as_numpy_does(num_classes):
 def test_several_views_count_by_their_weight_and_certainty(devices):
     images, labels = make_batch(8)
     network, weight = linear_network(NUM_CLASSES)
-    views = create_views(3, flips=True, upright_prior=0.4)
+    views = create_tta_views(3, flips=True, upright_prior=0.4)
     step = make_eval_step(network, mesh_of(devices), views=views)
     losses, classes, probabilities = step(weight, {}, images, labels)
     total, shares = 0.0, 0.0
@@ -579,7 +579,7 @@ def test_several_views_count_by_their_weight_and_certainty(devices):
 def test_mirrored_views_make_the_answer_blind_to_mirroring():
     images, labels = make_batch(8)
     network, weight = linear_network(NUM_CLASSES)
-    step = make_eval_step(network, mesh_of(4), views=create_views(2, flips=True))
+    step = make_eval_step(network, mesh_of(4), views=create_tta_views(2, flips=True))
     answer = step(weight, {}, images, labels)
     for mirrored in (images[:, ::-1], images[:, :, ::-1], images[:, ::-1, ::-1]):
         assert_near(step(weight, {}, mirrored, labels), answer)
@@ -592,14 +592,14 @@ def test_one_view_is_the_image_alone():
     network, weight = linear_network(NUM_CLASSES)
     alone, seen = (
         make_eval_step(network, mesh_of(4), views=views)(weight, {}, images, labels)
-        for views in (None, create_views(1, flips=False))
+        for views in (None, create_tta_views(1, flips=False))
     )
     assert_near(seen, alone)
 
 
 def test_a_view_that_tells_nothing_takes_no_part():
     sure, flat = np.array([[4.0, 0.0, 1.0]], np.float32), np.zeros((1, 3), np.float32)
-    combined = combine_views(jnp.array(np.stack([sure, flat])), jnp.array([0.5, 0.5]))
+    combined = combine_tta(jnp.array(np.stack([sure, flat])), jnp.array([0.5, 0.5]))
     np.testing.assert_allclose(combined, log_softmax(sure, axis=1), atol=1e-4)
 
 
@@ -609,14 +609,14 @@ def test_unknown_images_are_taught_that_every_class_is_as_likely(devices):
     network, weight = linear_network(NUM_CLASSES)
     unknown = np.arange(8) % 3 == 0
 
-    def is_unknown(keys):  # by the place of each key, found again on every device
+    def is_uniform(keys):  # by the place of each key, found again on every device
         every = row_keys(3, AUGMENT, jnp.int32(0), 8)
         same = jax.random.key_data(keys)[:, None] == jax.random.key_data(every)[None]
         return (same.all(axis=-1) & jnp.array(unknown)[None]).any(axis=1)
 
     optimizer = make_optimizer("sgd", lambda step: 1.0)
     step = make_train_step(
-        network, optimizer, make_augment(), mesh_of(devices), is_unknown=is_unknown
+        network, optimizer, make_augment(), mesh_of(devices), is_uniform=is_uniform
     )
     state = create_train_state(jnp.array(weight), {}, optimizer, seed=3)
     _, metrics = step(state, images, labels)

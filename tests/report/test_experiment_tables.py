@@ -11,7 +11,7 @@ from PIL import Image
 from hccr_jax.errors import InputError
 from hccr_jax.report import experiment_tables
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def row(name: str, group: str, top1: float, seed: int = 0, **more: object) -> experiment_tables.Row:

@@ -118,8 +118,8 @@ def test_every_picture_of_a_character_has_its_normal_form(name: str):
         bitmap = write(character, seed)
         data = VARIANTS[name](on_paper(bitmap))
         (picture,) = files.read_pictures(io.BytesIO(data), name)
-        ours = normalize.normal_form(ink.to_bitmap(picture.grey), 64, 4).astype(float)
-        expected = normalize.normal_form(bitmap, 64, 4).astype(float)
+        ours = normalize.normalize(ink.to_bitmap(picture.grey), 64, 4).astype(float)
+        expected = normalize.normalize(bitmap, 64, 4).astype(float)
         assert np.abs(ours - expected).mean() < 5.0
         assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.98
 
@@ -309,8 +309,8 @@ def test_characters_of_a_page_are_found_in_order(vertical: bool):
     assert_near_boxes(lines, boxes)
     for line, expected in zip(lines, boxes, strict=True):
         for character, (left, top, right, bottom) in zip(line, expected, strict=True):
-            form = normalize.normal_form(character.bitmap, 64, 4).astype(float)
-            alone = normalize.normal_form(page[top:bottom, left:right], 64, 4)
+            form = normalize.normalize(character.bitmap, 64, 4).astype(float)
+            alone = normalize.normalize(page[top:bottom, left:right], 64, 4)
             assert np.abs(form - alone).mean() < 4.0
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from hccr_jax.cli import sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = """
-from configs import default
+from hccr_jax.configs import default
 
 NAMES = {names}
 CHANGES = {{

@@ -20,9 +20,9 @@ from hccr_jax.data.splits import load_split
 from hccr_jax.metrics.ranking import detection
 from hccr_jax.ops.cross_entropy import cross_entropy
 from hccr_jax.runtime.startup import Timeline
-from hccr_jax.train.setup import create_job
+from hccr_jax.train.setup import create_training_setup
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.333, 1.0])
@@ -109,7 +109,7 @@ def test_detection_is_the_rank_statistic():
 
 def test_only_training_labels_are_shuffled(tiny_job: list[str]):
     config = main.parse(["main", *tiny_job, "--config.data.label_noise=0.25"]).config
-    job = create_job(config, Timeline())
+    job = create_training_setup(config, Timeline())
     name, folder = "strokes_8c_12w_3t_100h", config.data.data_dir
     for split in ("train", "validation", "test"):
         clean = load_split(name, folder, split, 32, 2)
@@ -133,7 +133,7 @@ def test_the_command_lists_suspects(tiny_job: list[str], tmp_path: Path):
     # The shuffled labels are those of the run, whatever the config says.
     command = [sys.executable, "-m", "hccr_jax.main", *flags, "--mode=eval"]
     result = subprocess.run(
-        [*command, "--config.eval.suspects=10"],
+        [*command, "--config.eval.label_errors=10"],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
         capture_output=True,

@@ -13,7 +13,7 @@ from hccr_jax.runtime.startup import Timeline
 
 PROGRAM = """
 import os, pathlib
-from hccr_jax import startup
+from hccr_jax.runtime import startup
 startup.XLA_FLAGS = ("--xla_cpu_enable_fast_math=false",)
 startup.prepare_process()
 import jax, jax.numpy as jnp

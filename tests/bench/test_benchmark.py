@@ -21,14 +21,14 @@ from hccr_jax.models.registry import count_parameters, create_model, split_model
 from hccr_jax.ops import dispatch
 from hccr_jax.train.augment import make_augment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 V1 = f"--config={ROOT / 'configs' / 'v1.py'}"
 TINY = [
     V1, "--config.model.width=0.1", "--config.data.image_px=16", "--config.data.margin_px=1",
     "--config.eval.batch_size=8", "--batch_size=8", "--num_classes=4", "--num_images=64",
     "--seconds=0.01", "--repeats=2",
 ]  # fmt: skip
-PEER = ["--peer=torch", "--rungs=eager,graph"] if importlib.util.find_spec("torch") else []
+PEER = ["--peer=torch", "--modes=eager,graph"] if importlib.util.find_spec("torch") else []
 COLUMNS = {
     "row", "images_per_second", "min", "max", "repeats", "ms_per_step", "compile_seconds",
     "peak_memory_mib", "roofline_images_per_second", "roofline_fraction", "peer", "ratio", "about",
@@ -130,13 +130,13 @@ def test_measured_forms_are_what_the_library_chooses_by(
 @pytest.mark.slow
 def test_all_rows_and_the_peer(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
-    rows = rows_of(capsys, "--suite=cpu", "--rungs=eager,graph")
+    rows = rows_of(capsys, "--suite=cpu", "--modes=eager,graph")
     ours = [name for name in rows if "/" not in name]
     assert ours == list(benchmark.ROWS)
     assert rows["prepare"]["ms_per_step"] is None
     for name in ours:
-        assert (rows[name]["peer"] == "eager") == (name in benchmark.PEER_ROWS)
-        assert (rows[name]["ratio"] is not None) == (name in benchmark.PEER_ROWS)
+        assert (rows[name]["peer"] == "eager") == (name in benchmark.BASELINE_ROWS)
+        assert (rows[name]["ratio"] is not None) == (name in benchmark.BASELINE_ROWS)
 
 
 def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]) -> None:

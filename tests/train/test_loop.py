@@ -23,7 +23,7 @@ from hccr_jax.models.registry import create_model, split_model
 from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train.loop import evaluate_checkpoint
-from hccr_jax.train.setup import create_job
+from hccr_jax.train.setup import create_training_setup
 
 Train = Callable[..., Path]
 
@@ -60,10 +60,10 @@ def test_logged_learning_rate_is_the_schedules(finished: Path) -> None:
 
 
 def test_what_is_augmented_once_looks_the_same_in_every_epoch(tiny_job: list[str]) -> None:
-    job = create_job(
+    job = create_training_setup(
         main.parse(["main", *tiny_job, "--config.augment.once=True"]).config, Timeline()
     )
-    plain = create_job(main.parse(["main", *tiny_job]).config, Timeline())
+    plain = create_training_setup(main.parse(["main", *tiny_job]).config, Timeline())
     count = len(job.train.labels)
     keys = row_keys(0, AUGMENT, jnp.int32(0), count)
     augmented = jax.jit(plain.augment)(keys, to_float(jnp.array(plain.train.images)))
@@ -96,7 +96,7 @@ def test_speed_counts_each_step_once(finished: Path) -> None:
 
 def test_the_batch_rule_scales_the_learning_rate(tiny_job: list[str]) -> None:
     rule = ["--config.optimizer.batch_rule=sqrt", "--config.optimizer.reference_batch_size=2"]
-    job = create_job(main.parse(["main", *tiny_job, *rule]).config, Timeline())
+    job = create_training_setup(main.parse(["main", *tiny_job, *rule]).config, Timeline())
     assert float(job.schedule(0)) == pytest.approx(1e-4 * np.sqrt(8 / 2))
 
 
@@ -159,7 +159,7 @@ def test_numbers_that_are_not_finite_end_the_run(
         assert np.isfinite(array).all()
     # The records are those of the step, by the order that the run is known to have.
     config = main.parse(["main", *tiny_job]).config
-    split = create_job(config, Timeline()).train
+    split = create_training_setup(config, Timeline()).train
     wanted = batch_rows(config.seed, found["step"] - 1, 8, len(split.labels))
     assert [(r["source"], r["record"]) for r in found["records"]] == [
         (split.sources[row], split.record_numbers[row]) for row in wanted
@@ -187,7 +187,7 @@ def test_resumed_run_is_bit_for_bit_the_unbroken_one(finished: Path, train: Trai
 
 
 def test_neither_placement_nor_the_ends_of_calls_change_a_bit(finished: Path, train: Train) -> None:
-    long = ("--config.steps_per_call=3", "--config.log_every_steps=4")
+    long = ("--config.steps_per_execution=3", "--config.log_every_steps=4")
     resident = train(8, *long, "--config.data.placement=device")
     streamed = train(2, *long)
     train(8, *long, workdir=streamed)  # its calls end elsewhere: at 2, 4, 7, 8 and not 3, 4, 7, 8

@@ -10,10 +10,10 @@ from hccr_jax.data.epoch_order import batch_rows, permutation, threefry_2x32
 from hccr_jax.data.splits import Split, gather
 from hccr_jax.runtime import sharding
 from hccr_jax.train.input_pipeline import (
-    FEEDS,
-    Feed,
-    call_lengths,
+    BATCH_SOURCES,
+    BatchSource,
     choose_placement,
+    chunk_lengths,
     stream_batches,
 )
 
@@ -113,7 +113,7 @@ def test_a_stream_yields_the_records_of_its_steps(first_step: int) -> None:
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
-def batches_of(feed: Feed, first_step: int, lengths: list[int]) -> list[tuple]:
+def batches_of(feed: BatchSource, first_step: int, lengths: list[int]) -> list[tuple]:
     """Returns images and labels of every step, as the training program would pick them."""
     pick = jax.jit(feed.pick)
     return [
@@ -134,7 +134,7 @@ def test_both_placements_give_the_batches_of_the_order(
 ) -> None:
     # 50 records in batches of 8: most epochs end inside a batch, and 20 steps hold three epochs.
     split, mesh = a_split(50), sharding.create_mesh()
-    feed = FEEDS[placement](split, mesh, 5, 8, longest)
+    feed = BATCH_SOURCES[placement](split, mesh, 5, 8, longest)
     batches = batches_of(feed, first_step, lengths)
     assert len(batches) == sum(lengths)
     for step, (images, labels) in enumerate(batches, first_step):
@@ -145,7 +145,7 @@ def test_both_placements_give_the_batches_of_the_order(
 
 
 def test_calls_end_where_something_is_due() -> None:
-    lengths = list(call_lengths(3, 100, 16, [10, 25]))
+    lengths = list(chunk_lengths(3, 100, 16, [10, 25]))
     ends = set(np.cumsum([3, *lengths]).tolist())
     assert {*range(10, 101, 10), *range(25, 101, 25)} <= ends
     assert max(lengths) <= 16

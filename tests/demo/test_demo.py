@@ -31,8 +31,8 @@ from hccr_jax.demo import description, server
 from hccr_jax.demo.server import create_server
 from hccr_jax.errors import InputError
 from hccr_jax.inference.recognizer import Recognizer
-from hccr_jax.inference.steps import combine_views
-from hccr_jax.inference.tta import create_views
+from hccr_jax.inference.steps import combine_tta
+from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.ops.warp import warp
 
 NODE = shutil.which("node")
@@ -105,7 +105,7 @@ def test_a_page_in_the_browser_knows_what_python_does(finished: Path, recognizer
     assert model["temperature"] == recognizer.temperature
     assert model["preprocessing"] == {"image_px": 32, "margin_px": 2, "aspect": "keep"}
     assert model["views"] == {"maps": [[[1.0, 0.0], [0.0, 1.0]]], "weights": [1.0]}
-    launcher = (Path(__file__).parents[1] / "launch" / "build_demo.sh").read_text("utf-8")
+    launcher = (Path(__file__).parents[2] / "launch" / "build_demo.sh").read_text("utf-8")
     assert model["runtime"] in launcher
     assert model["wasm"] in launcher
 
@@ -239,7 +239,7 @@ def test_javascript_draws_the_golden_drawings():
 
 @needs_node
 def test_javascript_sees_and_combines_views_as_python_does():
-    views = create_views(5, flips=True)
+    views = create_tta_views(5, flips=True)
     form = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
     maps = jnp.asarray(views.maps)
     images = jnp.tile(jnp.asarray(form, jnp.float32), (len(maps), 1, 1))
@@ -249,7 +249,7 @@ def test_javascript_sees_and_combines_views_as_python_does():
     np.testing.assert_allclose(np.reshape(got, expected.shape), expected, atol=0.02)
 
     logits = np.random.default_rng(1).normal(0, 3, (len(maps), 1, 7)).astype(np.float32)
-    expected = np.asarray(combine_views(jnp.asarray(logits), jnp.asarray(views.weights)))[0]
+    expected = np.asarray(combine_tta(jnp.asarray(logits), jnp.asarray(views.weights)))[0]
     program = "return combineViews(input.logits, input.weights);"
     values = {"logits": logits[:, 0].tolist(), "weights": views.weights.tolist()}
     np.testing.assert_allclose(run_in_node(program, values), expected, atol=1e-5)

@@ -27,7 +27,7 @@ from hccr_jax.models.gradient_features import (
 from hccr_jax.models.registry import count_parameters, create_model, split_model, summarize
 from hccr_jax.train import fit_mqdf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLASSES = 6
 
 

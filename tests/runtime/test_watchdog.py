@@ -9,7 +9,7 @@ import pytest
 
 
 def run(body: str) -> subprocess.Popen[str]:
-    code = f"import time\nfrom hccr_jax import watchdog\n{body}"
+    code = f"import time\nfrom hccr_jax.runtime import watchdog\n{body}"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

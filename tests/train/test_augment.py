@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hccr_jax.inference.tta import create_views
+from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.ops.warp import rotation_matrix, warp
 from hccr_jax.train.augment import (
     ELASTIC_CELLS,
@@ -261,7 +261,7 @@ def test_stroke_widths_stay_in_range_and_use_it():
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_views_turn_zoom_and_mirror(count, flips):
-    views, weights = create_views(count, flips, upright_prior=0.4)
+    views, weights = create_tta_views(count, flips, upright_prior=0.4)
     assert views.dtype == weights.dtype == np.float32
     expected = np.repeat([0.4, 0.2, 0.2, 0.2] if flips else [1.0], count)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)

@@ -16,7 +16,7 @@ from hccr_jax import main
 from hccr_jax.report import run_report
 from hccr_jax.runtime.checkpoint_seal import write_manifest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
 PAPER = ROOT / "configs" / "experiments" / "paper.py"
 

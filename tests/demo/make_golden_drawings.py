@@ -34,7 +34,7 @@ def golden() -> list[dict]:
     for index, strokes in enumerate(DRAWINGS):
         form = FORMS[index % len(FORMS)]
         bitmap = strokes.rasterize(strokes.parse_strokes(strokes))
-        image = normalize.normal_form(bitmap, *form)
+        image = normalize.normalize(bitmap, *form)
         data = base64.b64encode(image.tobytes()).decode()
         rows.append({"strokes": strokes, "form": form, "image": data})
     return rows

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hccr_jax.data.images.normalize import ink_box, normal_form, squared_aspect
+from hccr_jax.data.images.normalize import ink_box, normalize, squared_aspect
 
 IMAGE_PX, MARGIN_PX = 64, 4
 INSIDE_PX = IMAGE_PX - 2 * MARGIN_PX
@@ -52,7 +52,7 @@ def test_an_elongated_character_comes_nearer_to_a_square() -> None:
     (40, 20), (30, 90), (150, 10), (120, 119), (50, 50), (9, 7), (1, 60), (200, 1), (1, 1)
 ])  # fmt: skip
 def test_the_sides_are_those_of_the_adaptive_rule(height: int, width: int) -> None:
-    form = normal_form(rectangle(height, width), IMAGE_PX, MARGIN_PX, "adaptive")
+    form = normalize(rectangle(height, width), IMAGE_PX, MARGIN_PX, "adaptive")
     expected = np.full(2, float(INSIDE_PX))
     expected[int(height > width)] *= new_ratio(height, width, "adaptive")
     np.testing.assert_allclose(sides(form), expected, atol=1.0)
@@ -60,9 +60,9 @@ def test_the_sides_are_those_of_the_adaptive_rule(height: int, width: int) -> No
 
 @pytest.mark.parametrize(("height", "width"), [(40, 20), (30, 90), (150, 50), (50, 50)])
 def test_kept_sides_keep_their_ratio(height: int, width: int) -> None:
-    form = normal_form(rectangle(height, width), IMAGE_PX, MARGIN_PX)
+    form = normalize(rectangle(height, width), IMAGE_PX, MARGIN_PX)
     np.testing.assert_array_equal(
-        form, normal_form(rectangle(height, width), IMAGE_PX, MARGIN_PX, "keep")
+        form, normalize(rectangle(height, width), IMAGE_PX, MARGIN_PX, "keep")
     )
     expected = INSIDE_PX * np.array([height, width]) / max(height, width)
     np.testing.assert_allclose(sides(form), expected, atol=1.0)
@@ -81,7 +81,7 @@ def test_enlarging_is_scipys_linear_interpolation(height: int, width: int, aspec
         255.0 - bitmap, scale, offset, (IMAGE_PX, IMAGE_PX), order=1, mode="grid-constant"
     )
     assert longer <= INSIDE_PX, "it is enlarged"
-    form = normal_form(bitmap, IMAGE_PX, MARGIN_PX, aspect)
+    form = normalize(bitmap, IMAGE_PX, MARGIN_PX, aspect)
     np.testing.assert_allclose(form, exact, atol=0.51)
 
 
@@ -89,18 +89,18 @@ def test_enlarging_is_scipys_linear_interpolation(height: int, width: int, aspec
 @pytest.mark.parametrize(("height", "width"), [(31, 50), (90, 17), (140, 120), (1, 70)])
 def test_a_transposed_bitmap_has_the_transposed_form(height: int, width: int, aspect: str) -> None:
     bitmap = drawing(height, width)
-    form = normal_form(bitmap, IMAGE_PX, MARGIN_PX, aspect).astype(int)
-    transposed = normal_form(bitmap.T, IMAGE_PX, MARGIN_PX, aspect)
+    form = normalize(bitmap, IMAGE_PX, MARGIN_PX, aspect).astype(int)
+    transposed = normalize(bitmap.T, IMAGE_PX, MARGIN_PX, aspect)
     np.testing.assert_allclose(transposed.T, form, atol=1)  # sums in another order
 
 
 def test_a_square_is_the_same_in_both_aspects() -> None:
     for side in (5, 40, 100):
-        forms = [normal_form(drawing(side, side), 32, 2, aspect) for aspect in ("keep", "adaptive")]
+        forms = [normalize(drawing(side, side), 32, 2, aspect) for aspect in ("keep", "adaptive")]
         np.testing.assert_array_equal(*forms)
 
 
 @pytest.mark.parametrize("aspect", ["keep", "adaptive"])
 def test_paper_alone_gives_zeros(aspect: str) -> None:
     blank = np.full((7, 90), 255, np.uint8)
-    np.testing.assert_array_equal(normal_form(blank, 32, 2, aspect), np.zeros((32, 32)))
+    np.testing.assert_array_equal(normalize(blank, 32, 2, aspect), np.zeros((32, 32)))

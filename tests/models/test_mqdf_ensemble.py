@@ -17,14 +17,14 @@ from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
 from hccr_jax.export import exporter
 from hccr_jax.inference.network import create_network
-from hccr_jax.inference.pretrained import Pretrained, load_pretrained, weigh_second
+from hccr_jax.inference.pretrained import Pretrained, load_pretrained, set_mqdf_weight
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.steps import to_float
 from hccr_jax.models import mqdf
 from hccr_jax.models.registry import create_model, expose_features, split_model
 from hccr_jax.runtime.sharding import create_mesh
 from hccr_jax.train import fit_mqdf
-from hccr_jax.train.fit_mqdf import fit_beside
+from hccr_jax.train.fit_mqdf import fit_mqdf_member
 from hccr_jax.train.init_from import start_from
 
 WEIGHT = 0.5
@@ -76,7 +76,7 @@ def test_training_is_that_of_the_network_alone_to_the_bit(both: Path, finished: 
 def test_log_probabilities_are_added(pretrained: Pretrained, finished: Path) -> None:
     images = load(pretrained.config, "test").images[:9]
     alone = answers(load_pretrained(finished), images).astype(np.float64)
-    np.testing.assert_allclose(answers(weigh_second(pretrained, 0.0), images), alone, atol=1e-5)
+    np.testing.assert_allclose(answers(set_mqdf_weight(pretrained, 0.0), images), alone, atol=1e-5)
 
     apply, _, _ = split_model(create_model("mqdf", num_classes=8, rngs=None))
     fitted = pretrained.network.batch_stats["mqdf"]
@@ -93,7 +93,7 @@ def test_features_come_after_the_logits(pretrained: Pretrained) -> None:
     exposed, _ = network.apply(expose_features(network.params), network.batch_stats, seen)
     np.testing.assert_allclose(exposed[:, :8], logits, atol=1e-5)
     weight, bias = (network.params["classifier"][name] for name in ("weight", "bias"))
-    own, _ = weigh_second(pretrained, 0.0).network.apply(
+    own, _ = set_mqdf_weight(pretrained, 0.0).network.apply(
         network.params, {k: v for k, v in network.batch_stats.items() if k != "mqdf"}, seen
     )
     np.testing.assert_allclose(exposed[:, 8:] @ weight + bias[None], own, atol=1e-4)
@@ -115,7 +115,7 @@ def test_what_is_fitted_and_on_whom_its_scale(pretrained: Pretrained) -> None:
     held = np.isin(split.writers, writers[::10])
     assert 0 < held.sum() < len(held) / 4
     wrong = np.where(held, (split.labels + 1) % 8, split.labels).astype(np.int32)
-    misled = fit_beside(fitted, dataclasses.replace(split, labels=wrong), create_mesh())
+    misled = fit_mqdf_member(fitted, dataclasses.replace(split, labels=wrong), create_mesh())
     assert float(fitted["discriminant"]["scale"]) > 2**-6
     assert float(misled["discriminant"]["scale"]) == pytest.approx(2**-8)
 

@@ -9,7 +9,7 @@ from flax import nnx
 from hccr_jax.cli import cost
 from hccr_jax.models.registry import create_model, named_costs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def costs_of(name: str, image_px: int = 64, **arguments):

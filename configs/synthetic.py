@@ -1,7 +1,7 @@
 """Simulated writers of all 3,755 characters: weights for other runs to start from.
 
-  python -m hccr_jax.main --config=configs/strokes.py
-  python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/strokes
+  python -m hccr_jax.main --config=configs/synthetic.py
+  python -m hccr_jax.main --config=configs/finetune.py --config.init_from=runs/synthetic
 
 Measured on 2 to 4 cores (AMD EPYC with AVX-512, float32, shared with other work), seed 0: 60 min,
 the making of the data (10 min) not included; top-1 77.97 %, top-5 93.90 % on 4 simulated writers
@@ -12,7 +12,7 @@ those weights, five epochs of `hwdb100` in the adaptive normal form read 92.1 % 
 
 from ml_collections import ConfigDict
 
-from configs import hwdb100
+from hccr_jax.configs import hwdb100
 
 
 def get_config() -> ConfigDict:
@@ -23,10 +23,10 @@ def get_config() -> ConfigDict:
     config.model.stem_stride = 1
     config.model.width = 0.75
     config.model.dropout_rate = 0.0
-    config.data.name = "strokes"
+    config.data.name = "synthetic"
     config.data.aspect = "adaptive"
-    config.data.strokes.num_train_writers = 160
-    config.data.strokes.num_test_writers = 4
+    config.data.synthetic.num_train_writers = 160
+    config.data.synthetic.num_test_writers = 4
     config.augment.rotate_deg = 5.0
     config.augment.zoom = 0.1
     config.augment.shear = 0.1
