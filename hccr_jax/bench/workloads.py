@@ -30,7 +30,7 @@ from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train import optim
 from hccr_jax.train.augment import make_augment
-from hccr_jax.train.input_pipeline import BatchSource, Call, DeviceBatches, stream_batches
+from hccr_jax.train.input_pipeline import BatchSource, Chunk, DeviceBatches, stream_batches
 from hccr_jax.train.loop import train
 from hccr_jax.train.setup import augment_options, create_training_setup, steps_per_execution
 from hccr_jax.train.state import create_train_state
@@ -66,7 +66,7 @@ class Workloads:
         self._layers = roofline.count_layers(
             create_module(config, num_classes), config.data.image_px
         )
-        self._augment = make_augment(**augment_options(config))
+        self._augment = make_augment(augment_options(config))
         self._compiled_steps: dict[bool, tuple[Any, float]] = {}  # by whether they augment
 
     def train_step(self) -> Workload:
@@ -99,10 +99,10 @@ class Workloads:
         """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
-        longest = steps_per_execution(config)
+        max_steps = steps_per_execution(config)
         # At the speed of the roofline so many steps take as long as a repeat should.
-        calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / longest))
-        every = calls * longest
+        calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / max_steps))
+        every = calls * max_steps
         alone = self.train_step_augmented()
         assert alone.run
         alone.run(1)
@@ -116,16 +116,18 @@ class Workloads:
             with Checkpoints(workdir / "checkpoints") as checkpoints:
                 job = _quiet(create_training_setup)(config, timeline)
                 fields = {
-                    f.name: getattr(job.feed, f.name) for f in dataclasses.fields(BatchSource)
+                    f.name: getattr(job.batches, f.name) for f in dataclasses.fields(BatchSource)
                 }
-                feed = _FeedBesideSteps(**fields, feed=job.feed, run=alone.run, calls_each=calls)
-                job = dataclasses.replace(job, feed=feed)
+                batches = _BatchesAndSteps(
+                    **fields, source=job.batches, run=alone.run, calls_each=calls
+                )
+                job = dataclasses.replace(job, batches=batches)
                 _quiet(train)(job, workdir, checkpoints, timeline)
             logged = run_log.read_metrics(workdir / "metrics.jsonl").values()
         images = every * self.batch_size
         pairs = [  # an interval's seconds, those of the steps alone among them
             (images / row["images_per_second"], beside)
-            for row, beside in zip(logged, feed.seconds, strict=True)
+            for row, beside in zip(logged, batches.seconds, strict=True)
         ][1:]  # the first interval holds the first call
         return Workload(
             None,
@@ -201,13 +203,13 @@ class Workloads:
         optimizer = optim.make_optimizer("adam", schedule)
         augment = self._augment if augments else lambda keys, images: images
         step = make_train_step(network.apply, optimizer, augment, mesh)
-        longest = steps_per_execution(self.config)
-        train_chunk = make_train_chunk(step, DeviceBatches.pick, longest)
+        max_steps = steps_per_execution(self.config)
+        train_chunk = make_train_chunk(step, DeviceBatches.get_batch, max_steps)
         num_images = 2 * self.batch_size
         whole, columns = sharding.replicated(mesh), sharding.batch_sharding(mesh, axis=1)
         shape = (num_images, *self._image_shape[1:])
         abstract = (
-            jax.ShapeDtypeStruct((longest, self.batch_size), jnp.int32, sharding=columns),
+            jax.ShapeDtypeStruct((max_steps, self.batch_size), jnp.int32, sharding=columns),
             jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=whole),
             jax.ShapeDtypeStruct((num_images,), jnp.int32, sharding=whole),
         )
@@ -217,13 +219,13 @@ class Workloads:
             out_shardings=whole,
         )(network.params, network.batch_stats)
         if augments not in self._compiled_steps:  # which on a GPU takes a minute
-            program = _compile(train_chunk, state, np.int32(longest), abstract)
+            program = _compile(train_chunk, state, np.int32(max_steps), abstract)
             self._compiled_steps[augments] = program
         compiled, seconds = self._compiled_steps[augments]
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, shape, np.uint8)
         labels = rng.integers(0, self.num_classes, num_images, np.int32)
-        rows = rng.integers(0, num_images, (longest, self.batch_size), np.int32)
+        rows = rng.integers(0, num_images, (max_steps, self.batch_size), np.int32)
         arrays = (
             sharding.shard_batch(rows, mesh, axis=1),
             *sharding.replicate((images, labels), mesh),
@@ -232,12 +234,12 @@ class Workloads:
         def run(count: int) -> None:
             nonlocal state
             for _ in range(count):
-                state, metrics = compiled(state, np.int32(longest), arrays)
+                state, metrics = compiled(state, np.int32(max_steps), arrays)
             jax.block_until_ready((state, metrics))
 
         rates = self._training_rates
         return Workload(
-            run, longest * self.batch_size, seconds, _memory_mib(compiled), rates["fused"], rates
+            run, max_steps * self.batch_size, seconds, _memory_mib(compiled), rates["fused"], rates
         )
 
     @property
@@ -274,22 +276,22 @@ class Workloads:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FeedBesideSteps(BatchSource):
-    """Another feed, but before each log interval training steps alone are run and timed."""
+class _BatchesAndSteps(BatchSource):
+    """Another source's batches; before each log interval training steps alone are timed."""
 
     name = "benchmark"
-    feed: BatchSource
+    source: BatchSource
     run: Run
     calls_each: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
-        for number, call in enumerate(self.feed.calls(first_step, lengths)):
+    def chunks(self, first_step: int, lengths: list[int]) -> Iterator[Chunk]:
+        for number, chunk in enumerate(self.source.chunks(first_step, lengths)):
             if number % self.calls_each == 0:  # the devices are idle: the loop has just logged
                 start = time.perf_counter()
                 self.run(self.calls_each)
                 self.seconds.append(time.perf_counter() - start)
-            yield call
+            yield chunk
 
 
 # The rows of the benchmark. First those that a peer has no part in: once it has started, its

@@ -31,6 +31,7 @@ Programs are compiled anew, and how long that took is told, unless JAX_COMPILATI
 folder to keep them in.
 """
 
+import dataclasses
 import functools
 import gc
 import json
@@ -234,7 +235,7 @@ def _create_baseline(torch_baseline: Any, config: ConfigDict, workloads: Workloa
         workloads.batch_size,
         config.data.image_px,
         2 * workloads.batch_size,
-        augment_options(config),
+        dataclasses.asdict(augment_options(config)),
     )
     if peer.parameters != workloads.parameters:
         raise ValueError(f"{workloads.parameters} parameters, in PyTorch {peer.parameters}")

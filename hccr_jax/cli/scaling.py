@@ -37,7 +37,7 @@ from hccr_jax.runtime import sharding
 from hccr_jax.runtime.startup import prepare_process
 from hccr_jax.train import optim
 from hccr_jax.train.state import create_train_state
-from hccr_jax.train.step import make_train_step
+from hccr_jax.train.step import StepOptions, make_train_step
 
 _BYTES = {"f32": 4, "bf16": 2, "i32": 4}
 
@@ -79,8 +79,10 @@ def count_reductions(config: ConfigDict, num_classes: int) -> tuple[list[int], l
         optimizer,
         lambda keys, images: images,
         sharding.create_mesh(),
-        global_batch_norm=config.model.batch_norm == "global",
-        reduce_dtype=jnp.dtype(config.reduce_dtype),
+        StepOptions(
+            global_batch_norm=config.model.batch_norm == "global",
+            reduce_dtype=jnp.dtype(config.reduce_dtype),
+        ),
     )
     state = jax.eval_shape(lambda: create_train_state(params, batch_stats, optimizer))
     size, rows = config.data.image_px, jax.device_count()

@@ -32,8 +32,8 @@ class Split:
       writers: str (N,), who wrote the row.
       record_numbers: int32 (N,), the record's number in the member it came from.
       sources: str (N,), archive and member that the row came from.
-      answers: float16 (N, K), what a teacher says of the images: logits; None without a teacher, or
-        where it is asked anew in every step.
+      teacher_logits: float16 (N, K), of a teacher for the images; None without
+        one, or where it is applied in every step.
     """
 
     images: np.ndarray
@@ -42,7 +42,7 @@ class Split:
     writers: np.ndarray
     sources: np.ndarray
     record_numbers: np.ndarray
-    answers: np.ndarray | None = None
+    teacher_logits: np.ndarray | None = None
 
 
 def load_split(

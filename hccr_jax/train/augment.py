@@ -1,5 +1,6 @@
 """Augmentation on the device: all geometric changes of an image in one affine map, sampled once."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,41 +9,44 @@ import jax.numpy as jnp
 from hccr_jax.ops.warp import rotation_matrix, warp
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
-NUM_DRAWS = 23
-IsMirrored = Callable[[jax.Array], jax.Array]
 ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
 
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S, S) → (B, S, S)
+IsMirrored = Callable[[jax.Array], jax.Array]  # keys (B,) → bool (B,)
 
-def make_augment(
-    *,
-    flip_left_right_prob: float = 0.0,
-    flip_up_down_prob: float = 0.0,
-    rotate_prob: float = 1.0,
-    rotate_deg: float = 0.0,
-    resize_prob: float = 1.0,
-    resize_min: float = 1.0,
-    resize_max: float = 1.0,
-    zoom: float = 0.0,
-    shear: float = 0.0,
-    shift_px: float = 0.0,
-    elastic_px: float = 0.0,
-    stroke_width: float = 0.0,
-    erase_prob: float = 0.0,
-    erase_max_side: float = 0.3,
-    noise_std: float = 0.0,
-    transpose_prob: float = 0.0,
-    crop_min: float = 1.0,
-    contrast: float = 0.0,
-    brightness: float = 0.0,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the augmentation as a pure function of keys and images.
 
-    The parts act in this order, composed into one matrix: transposition, flips, rotation, resize,
-    shear, zoom, shift, crop. An elastic deformation is part of the same resampling. What comes in
-    from outside the image is paper. Then, pixel by pixel: stroke width, erasing, contrast,
-    brightness, noise.
+class Draw:
+    """Where each use finds its numbers among those drawn for an image.
 
-    Args:
+    Never renumber: runs would change. New ones come last.
+    """
+
+    FLIP_LEFT_RIGHT = 0
+    FLIP_UP_DOWN = 1
+    ANGLE = 2
+    IS_ROTATED = 3
+    STRETCH = slice(4, 6)
+    IS_STRETCHED = 6
+    ZOOM = 7
+    SHEAR = 8
+    SHIFT = slice(9, 11)
+    IS_ERASED = 11
+    ERASE_SIDES = slice(12, 14)
+    ERASE_PLACE = slice(14, 16)
+    TRANSPOSE = 16
+    CROP_SIDE = 17
+    CROP_PLACE = slice(18, 20)
+    CONTRAST = 20
+    BRIGHTNESS = 21
+    STROKE_WIDTH = 22
+    COUNT = 23
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentOptions:
+    """Ranges of the augmentation; `configs/default.py` has their neutral values.
+
+    Attributes:
       flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
       rotate_prob, rotate_deg: with this probability rotates by U(−rotate_deg, rotate_deg).
       resize_prob, resize_min, resize_max: with this probability stretches width and height each by
@@ -54,7 +58,7 @@ def make_augment(
       shift_px: shifts by U(−shift_px, shift_px) along each axis.
       elastic_px: standard deviation, in pixels and along each axis, of displacements that are drawn
         at the corners of a coarse grid and smoothly interpolated between them.
-      stroke_width: goes a share U(−stroke_width, stroke_width) of the way to the image whose
+      stroke_width: goes a fraction U(−stroke_width, stroke_width) of the way to the image whose
         strokes are one pixel wider on each side (dilated by 3×3), or narrower (eroded).
       erase_prob, erase_max_side: with this probability turns a rectangle to paper whose sides are
         U(0.05, erase_max_side) of the image's.
@@ -64,6 +68,36 @@ def make_augment(
         image's, scaled up to the whole: strokes may be cut.
       contrast: stretches the grey values about their mean by U(1 − contrast, 1 + contrast).
       brightness: adds U(−brightness, brightness) to every pixel. Both are clipped to [0, 1].
+    """
+
+    flip_left_right_prob: float
+    flip_up_down_prob: float
+    rotate_prob: float
+    rotate_deg: float
+    resize_prob: float
+    resize_min: float
+    resize_max: float
+    zoom: float
+    shear: float
+    shift_px: float
+    elastic_px: float
+    stroke_width: float
+    erase_prob: float
+    erase_max_side: float
+    noise_std: float
+    transpose_prob: float
+    crop_min: float
+    contrast: float
+    brightness: float
+
+
+def make_augment(options: AugmentOptions) -> Augment:
+    """Returns the augmentation as a pure function of keys and images.
+
+    Its parts act in this order, composed into one matrix: transposition, flips, rotation, resize,
+    shear, zoom, shift, crop. An elastic deformation is part of the same resampling. What comes in
+    from outside the image is paper. Then, pixel by pixel: stroke width, erasing, contrast,
+    brightness, noise.
 
     Returns:
       augment(keys (B,), images float32 (B, S, S) in [0, 1], ink 1) -> float32 (B, S, S). Row i
@@ -75,67 +109,80 @@ def make_augment(
     authors' framework.
     """
 
-    def linear(draws: jax.Array, images: jax.Array) -> jax.Array:
-        flip_x = _chosen(draws[0], flip_left_right_prob, -1.0, 1.0)
-        flip_y = _chosen(draws[1], flip_up_down_prob, -1.0, 1.0)
-        angle = _spread(draws[2], jnp.deg2rad(rotate_deg))
-        angle = _chosen(draws[3], rotate_prob, angle, 0.0)
-        stretch = resize_min + (resize_max - resize_min) * draws[4:6]
-        stretch_x, stretch_y = _chosen(draws[6], resize_prob, stretch, 1.0)
-        turn = rotation_matrix(angle)
-        transposed = draws[16] < transpose_prob
-        extents = jnp.stack(ink_extents(images))
-        extents = jnp.where(transposed[None], extents[::-1], extents)
-        # The box around the turned ink box: what is stretched may be narrow before, not after.
-        width, height = jnp.einsum("ijb,jb->ib", jnp.abs(turn), extents)
-        refit = jnp.maximum(width, height) / jnp.maximum(stretch_x * width, stretch_y * height)
-        scale = refit * (1.0 + _spread(draws[7], zoom))
-        slope = _spread(draws[8], shear)
-        matrix = turn * jnp.stack([flip_x, flip_y])[None]
-        matrix = jnp.where(transposed[None, None], matrix[:, ::-1], matrix)
-        matrix = matrix * jnp.stack([stretch_x * scale, stretch_y * scale])[:, None]
-        return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
-
     def augment(keys: jax.Array, images: jax.Array) -> jax.Array:
         draws = _draw(keys)
-        matrices = linear(draws, images).transpose(2, 0, 1)
-        shifts = _spread(draws[9:11], shift_px).T
-        side = crop_min + (1.0 - crop_min) * draws[17][:, None]
-        centre = (draws[18:20].T - 0.5) * (1.0 - side) * images.shape[1]
-        bend = _elastic_field(keys, images.shape[1], elastic_px) if elastic_px > 0 else None
-        warped = warp(images, matrices / side[..., None], (shifts - centre) / side, bend)
-        if stroke_width > 0:
-            warped = change_stroke_width(warped, _spread(draws[22], stroke_width))
-        if erase_prob > 0:
-            warped = _erase(warped, draws[11:16], erase_prob, erase_max_side)
-        if contrast > 0 or brightness > 0:
-            factor = 1.0 + _spread(draws[20], contrast)[:, None, None]
-            change = _spread(draws[21], brightness)[:, None, None]
+        warped = _warp(options, draws, keys, images)
+        if options.stroke_width > 0:
+            amount = _symmetric(draws[Draw.STROKE_WIDTH], options.stroke_width)
+            warped = change_stroke_width(warped, amount)
+        if options.erase_prob > 0:
+            warped = _erase(options, draws, warped)
+        if options.contrast > 0 or options.brightness > 0:
+            factor = 1.0 + _symmetric(draws[Draw.CONTRAST], options.contrast)[:, None, None]
+            change = _symmetric(draws[Draw.BRIGHTNESS], options.brightness)[:, None, None]
             mean = warped.mean(axis=(1, 2), keepdims=True)
             warped = jnp.clip((warped - mean) * factor + mean + change, 0.0, 1.0)
-        if noise_std > 0:
+        if options.noise_std > 0:
             noise = jax.vmap(
                 lambda key: jax.random.normal(jax.random.fold_in(key, 1), images.shape[1:])
             )
-            warped = jnp.clip(warped + noise_std * noise(keys), 0.0, 1.0)
+            warped = jnp.clip(warped + options.noise_std * noise(keys), 0.0, 1.0)
         return warped
 
     return augment
 
 
-def make_is_mirrored(flip_left_right_prob: float, flip_up_down_prob: float) -> IsMirrored:
-    """Returns the function of keys (B,) that tells, bool (B,), which images `augment` mirrors."""
+def make_is_mirrored(options: AugmentOptions) -> IsMirrored:
+    """Returns the function that maps keys (B,) to bool (B,), which images `augment` flips."""
 
     def is_mirrored(keys: jax.Array) -> jax.Array:
         draws = _draw(keys)
-        return (draws[0] < flip_left_right_prob) | (draws[1] < flip_up_down_prob)
+        return (draws[Draw.FLIP_LEFT_RIGHT] < options.flip_left_right_prob) | (
+            draws[Draw.FLIP_UP_DOWN] < options.flip_up_down_prob
+        )
 
     return is_mirrored
 
 
 def _draw(keys: jax.Array) -> jax.Array:
-    """Returns the numbers of each image, uniform in [0, 1), (NUM_DRAWS, B)."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (NUM_DRAWS,)))(keys).T
+    """Returns the random numbers of each image, uniform in [0, 1), (Draw.COUNT, B)."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (Draw.COUNT,)))(keys).T
+
+
+def _warp(
+    options: AugmentOptions, draws: jax.Array, keys: jax.Array, images: jax.Array
+) -> jax.Array:
+    """Returns images after all geometric changes."""
+    size = images.shape[1]
+    matrices = _linear_maps(options, draws, images).transpose(2, 0, 1)
+    shifts = _symmetric(draws[Draw.SHIFT], options.shift_px).T
+    side = options.crop_min + (1.0 - options.crop_min) * draws[Draw.CROP_SIDE][:, None]
+    centre = (draws[Draw.CROP_PLACE].T - 0.5) * (1.0 - side) * size
+    bend = _elastic_field(keys, size, options.elastic_px) if options.elastic_px > 0 else None
+    return warp(images, matrices / side[..., None], (shifts - centre) / side, bend)
+
+
+def _linear_maps(options: AugmentOptions, draws: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns the linear part of each image's map, float32 (2, 2, B), crop excluded."""
+    flip_x = _chosen(draws[Draw.FLIP_LEFT_RIGHT], options.flip_left_right_prob, -1.0, 1.0)
+    flip_y = _chosen(draws[Draw.FLIP_UP_DOWN], options.flip_up_down_prob, -1.0, 1.0)
+    angle = _symmetric(draws[Draw.ANGLE], jnp.deg2rad(options.rotate_deg))
+    angle = _chosen(draws[Draw.IS_ROTATED], options.rotate_prob, angle, 0.0)
+    stretch = options.resize_min + (options.resize_max - options.resize_min) * draws[Draw.STRETCH]
+    stretch_x, stretch_y = _chosen(draws[Draw.IS_STRETCHED], options.resize_prob, stretch, 1.0)
+    turn = rotation_matrix(angle)
+    transposed = draws[Draw.TRANSPOSE] < options.transpose_prob
+    extents = jnp.stack(ink_extents(images))
+    extents = jnp.where(transposed[None], extents[::-1], extents)
+    # The box around the turned ink box: what is stretched may be narrow before, not after.
+    width, height = jnp.einsum("ijb,jb->ib", jnp.abs(turn), extents)
+    refit = jnp.maximum(width, height) / jnp.maximum(stretch_x * width, stretch_y * height)
+    scale = refit * (1.0 + _symmetric(draws[Draw.ZOOM], options.zoom))
+    slope = _symmetric(draws[Draw.SHEAR], options.shear)
+    matrix = turn * jnp.stack([flip_x, flip_y])[None]
+    matrix = jnp.where(transposed[None, None], matrix[:, ::-1], matrix)
+    matrix = matrix * jnp.stack([stretch_x * scale, stretch_y * scale])[:, None]
+    return jnp.stack([matrix[0] + slope[None] * matrix[1], matrix[1]])
 
 
 def ink_extents(images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +214,7 @@ def change_stroke_width(images: jax.Array, amount: jax.Array) -> jax.Array:
 
     Args:
       images: float32 (B, S, S), ink 1.
-      amount: float32 (B,), the share of the way to the dilated image, where negative to the eroded.
+      amount: float32 (B,), from −1 (the eroded image) over 0 (the image) to 1 (the dilated one).
     """
 
     def reach(x: jax.Array, best: Callable[..., jax.Array]) -> jax.Array:
@@ -182,12 +229,12 @@ def change_stroke_width(images: jax.Array, amount: jax.Array) -> jax.Array:
     )
 
 
-def _erase(images: jax.Array, draws: jax.Array, probability: float, max_side: float) -> jax.Array:
-    """Returns images with a random rectangle turned to paper; draws is (5, B) uniform."""
+def _erase(options: AugmentOptions, draws: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns images with a random rectangle turned to paper."""
     size = images.shape[1]
-    sides = size * (0.05 + (max_side - 0.05) * draws[1:3])
-    starts = draws[3:5] * (size - sides)
-    starts = jnp.where(draws[0][None] < probability, starts, 2.0 * size)
+    sides = size * (0.05 + (options.erase_max_side - 0.05) * draws[Draw.ERASE_SIDES])
+    starts = draws[Draw.ERASE_PLACE] * (size - sides)
+    starts = jnp.where(draws[Draw.IS_ERASED][None] < options.erase_prob, starts, 2.0 * size)
     centre = jnp.arange(size, dtype=jnp.float32)[None, None] + 0.5
     inside = (centre >= starts[..., None]) & (centre < (starts + sides)[..., None])
     return jnp.where(inside[0][:, None, :] & inside[1][:, :, None], 0.0, images)
@@ -199,5 +246,5 @@ def _chosen(
     return jnp.where(draw < probability, value, otherwise)
 
 
-def _spread(draw: jax.Array, reach: jax.Array | float) -> jax.Array:
+def _symmetric(draw: jax.Array, reach: jax.Array | float) -> jax.Array:
     return (2.0 * draw - 1.0) * reach

@@ -25,7 +25,7 @@ IMAGES_AT_ONCE = 256
 
 def fit_mqdf(
     params: Any,
-    feed: BatchSource,
+    batches: BatchSource,
     num_steps: int,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     validation: Split,
@@ -37,15 +37,15 @@ def fit_mqdf(
 
     Args:
       params: initial ones; tell the shapes and the minor variance.
-      feed: of the training images.
+      batches: of the training images.
       num_steps: batches to fit to.
       augment: from `augment.make_augment`; draws as the training step does.
       validation: the scale of the logits is fitted to it.
     """
-    fitted = _fit_discriminants(params, *read_features(feed, num_steps, augment))
+    fitted = _fit_discriminants(params, *read_features(batches, num_steps, augment))
     images, labels = gather(validation, rows_spread(len(validation.labels), SCALE_IMAGES))
     _set_scale(fitted, _read_images(images), labels)
-    return sharding.replicate(jax.device_get(fitted), feed.mesh)
+    return sharding.replicate(jax.device_get(fitted), batches.mesh)
 
 
 def fit_mqdf_member(params: Any, split: Split, mesh: Mesh) -> Any:
@@ -98,7 +98,7 @@ def _set_scale(fitted: Any, features: np.ndarray, labels: np.ndarray) -> None:
 
 
 def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) -> Any:
-    """Returns fitted parameters of `models.mqdf.MQDF`, unscaled; arguments as for `fit_mqdf_member`."""
+    """Returns fitted parameters of `models.mqdf.MQDF`, unscaled, from features (N, 512)."""
     num_classes, dims, eigenvectors = params["discriminant"]["vectors"].shape
     groups = class_rows(labels, num_classes)
     lda = fit_lda(features, *groups, dims)
@@ -108,28 +108,28 @@ def _fit_discriminants(params: Any, features: np.ndarray, labels: np.ndarray) ->
 
 
 def read_features(
-    feed: BatchSource, num_steps: int, augment: Callable[[jax.Array, jax.Array], jax.Array]
+    batches: BatchSource, num_steps: int, augment: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features float32 (N, 512) and labels int32 (N,) of a run's first `num_steps` batches.
 
     Args:
-      feed: of the training images.
+      batches: of the training images.
       num_steps: batches to read.
       augment: from `augment.make_augment`.
     """
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(feed.mesh))
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(batches.mesh))
     def compute(arrays, index, step):
-        images, labels, *_ = feed.pick(arrays, index)
-        keys = row_keys(feed.seed, AUGMENT, step, len(labels))
+        images, labels, *_ = batches.get_batch(arrays, index)
+        keys = row_keys(batches.seed, AUGMENT, step, len(labels))
         return extract_features(augment(keys, to_float(images))), labels
 
     parts, step = [], 0
-    for call in feed.calls(0, list(chunk_lengths(0, num_steps, feed.longest, []))):
-        for index in range(call.num_steps):
-            batch = compute(call.arrays, np.int32(index), np.int32(step + index))
+    for chunk in batches.chunks(0, list(chunk_lengths(0, num_steps, batches.max_steps, []))):
+        for index in range(chunk.num_steps):
+            batch = compute(chunk.arrays, np.int32(index), np.int32(step + index))
             parts.append(jax.device_get(batch))
-        step += call.num_steps
+        step += chunk.num_steps
     features, labels = map(np.concatenate, zip(*parts, strict=True))
     return features, labels
 

@@ -1,8 +1,8 @@
 """Batches for training, on the devices when they are needed.
 
-A call of the compiled training program takes several steps, so several batches. There are two ways
-to feed it, and both give the same batches: `HostBatches` reads ahead on the host, `DeviceBatches` keeps
-the whole split in the devices' memory, draws the order there and sends nothing.
+One execution of the compiled program runs a chunk of steps and needs as many batches. Two sources
+give the same batches: `HostBatches` reads ahead on the host; `DeviceBatches` keeps the whole split
+in the devices' memory, draws the order there and transfers nothing.
 """
 
 import dataclasses
@@ -28,33 +28,39 @@ PREFETCH_BATCHES = 8
 Arrays = tuple[jax.Array, ...]
 
 
-class Call(NamedTuple):
-    """The steps of one call: their number, and the arrays that hold their batches."""
+class Chunk(NamedTuple):
+    """The steps of one execution: their number, and the arrays that hold their batches."""
 
     num_steps: int
     arrays: Arrays
 
 
 def training_arrays(split: Split) -> tuple[np.ndarray, ...]:
-    """Returns what a training step reads of each record: image, label and a teacher's answer."""
-    answers = () if split.answers is None else (split.answers,)
-    return (split.images, split.labels, *answers)
+    """Returns the arrays a training step reads: images, labels and teacher logits, if any."""
+    teacher_logits = () if split.teacher_logits is None else (split.teacher_logits,)
+    return (split.images, split.labels, *teacher_logits)
 
 
-def chunk_lengths(first_step: int, last_step: int, longest: int, every: list[int]) -> Iterator[int]:
-    """Yields the numbers of steps of the calls from first_step to last_step.
+def chunk_lengths(
+    first_step: int, last_step: int, max_steps: int, every: list[int]
+) -> Iterator[int]:
+    """Yields the lengths of the chunks from first_step to last_step.
 
     Args:
       first_step, last_step: half-open range.
-      longest: no call is longer.
-      every: a call ends at each multiple of each of these.
+      max_steps: of a chunk.
+      every: a chunk ends at each multiple of each of these.
 
     >>> list(chunk_lengths(0, 20, 8, [10, 15]))
     [8, 2, 5, 5]
     """
     step = first_step
     while step < last_step:
-        ends = [step + longest, last_step, *(step // stride * stride + stride for stride in every)]
+        ends = [
+            step + max_steps,
+            last_step,
+            *(step // stride * stride + stride for stride in every),
+        ]
         yield min(ends) - step
         step = min(ends)
 
@@ -86,13 +92,13 @@ def stream_batches(
 
 @dataclasses.dataclass(frozen=True)
 class BatchSource:
-    """The training batches of a run, for calls of several steps.
+    """The training batches of a run, by chunks of several steps.
 
     Attributes:
       split: from `load_split`.
       mesh: from `sharding.create_mesh`.
       seed, batch_size: of the run.
-      longest: steps that the arrays of a call have room for.
+      max_steps: steps that the arrays of a chunk have room for.
     """
 
     name: ClassVar[str]
@@ -100,24 +106,24 @@ class BatchSource:
     mesh: Mesh
     seed: int
     batch_size: int
-    longest: int
+    max_steps: int
 
-    def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
-        """Yields the calls from first_step on, of the given numbers of steps."""
+    def chunks(self, first_step: int, lengths: list[int]) -> Iterator[Chunk]:
+        """Yields the chunks from first_step on, of the given numbers of steps."""
         raise NotImplementedError
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
-        """Returns a step's rows of `training_arrays`, from the arrays of its call."""
+    def get_batch(arrays: Arrays, step: jax.Array | int) -> Arrays:
+        """Returns a step's rows of `training_arrays`, from the arrays of its chunk."""
         raise NotImplementedError
 
 
 class HostBatches(BatchSource):
-    """Batches read ahead on the host; a call's arrays are those of its steps, (longest, B, …)."""
+    """Batches read ahead on the host; a chunk's arrays are (max_steps, B, …), one row a step."""
 
     name = "stream"
 
-    def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
+    def chunks(self, first_step: int, lengths: list[int]) -> Iterator[Chunk]:
         batches = stream_batches(
             self.split,
             seed=self.seed,
@@ -126,24 +132,24 @@ class HostBatches(BatchSource):
             last_step=first_step + sum(lengths),
         )
         for count in lengths:
-            parts = [next(batches) for _ in range(count)]
-            filling = [tuple(map(np.zeros_like, parts[0]))] * (self.longest - count)
-            stacked = tuple(map(np.stack, zip(*parts, *filling, strict=True)))
-            yield Call(count, sharding.shard_batch(stacked, self.mesh, axis=1))
+            steps = [next(batches) for _ in range(count)]
+            filling = [tuple(map(np.zeros_like, steps[0]))] * (self.max_steps - count)
+            stacked = tuple(map(np.stack, zip(*steps, *filling, strict=True)))
+            yield Chunk(count, sharding.shard_batch(stacked, self.mesh, axis=1))
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
+    def get_batch(arrays: Arrays, step: jax.Array | int) -> Arrays:
         return tuple(array[step] for array in arrays)
 
 
 class DeviceBatches(BatchSource):
-    """The whole split on every device; a call's arrays are rows (longest, B) and the split's."""
+    """The whole split on every device; a chunk's arrays are rows (max_steps, B) and the split's."""
 
     name = "device"
 
-    def calls(self, first_step: int, lengths: list[int]) -> Iterator[Call]:
+    def chunks(self, first_step: int, lengths: list[int]) -> Iterator[Chunk]:
         whole = sharding.replicate(training_arrays(self.split), self.mesh)
-        num_records, room = len(self.split.labels), self.longest * self.batch_size
+        num_records, room = len(self.split.labels), self.max_steps * self.batch_size
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         def draw(seed, epoch):
@@ -152,7 +158,7 @@ class DeviceBatches(BatchSource):
         @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(self.mesh, axis=1))
         def cut(place, *epochs):
             rows = lax.dynamic_slice(jnp.concatenate(epochs), (place,), (room,))
-            return rows.reshape(self.longest, self.batch_size)
+            return rows.reshape(self.max_steps, self.batch_size)
 
         # So many epochs that `room` records follow any place in the first.
         num_epochs = 1 + -(-room // num_records)
@@ -163,17 +169,17 @@ class DeviceBatches(BatchSource):
             epoch, place = divmod(step * self.batch_size, num_records)
             needed = range(epoch, epoch + num_epochs)
             epochs = {e: epochs[e] if e in epochs else draw(seed, np.uint32(e)) for e in needed}
-            yield Call(count, (cut(np.int32(place), *epochs.values()), *whole))
+            yield Chunk(count, (cut(np.int32(place), *epochs.values()), *whole))
             step += count
 
     @staticmethod
-    def pick(arrays: Arrays, step: jax.Array | int) -> Arrays:
+    def get_batch(arrays: Arrays, step: jax.Array | int) -> Arrays:
         rows, *whole = arrays
         read = functools.partial(jnp.take, indices=rows[step], axis=0, mode="clip")
         return tuple(map(read, whole))
 
 
-BATCH_SOURCES = {feed.name: feed for feed in (HostBatches, DeviceBatches)}
+BATCH_SOURCES = {source.name: source for source in (HostBatches, DeviceBatches)}
 
 
 def choose_placement(placement: str, split: Split, mesh: Mesh) -> str:
@@ -183,7 +189,7 @@ def choose_placement(placement: str, split: Split, mesh: Mesh) -> str:
     split's file, mapped into memory, is as near as a second copy of it would be.
 
     Raises:
-      InputError: "device" was asked for and the split does not fit.
+      InputError: the split does not fit, for "device".
     """
     needed = sum(array.nbytes for array in training_arrays(split))
     statistics = mesh.local_devices[0].memory_stats() or {}

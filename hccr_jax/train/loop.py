@@ -33,7 +33,7 @@ from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.runtime.workdir import check_room, check_writable, only_writer, replace_text
 from hccr_jax.train.fit_mqdf import fit_mqdf
-from hccr_jax.train.input_pipeline import Call, chunk_lengths
+from hccr_jax.train.input_pipeline import Chunk, chunk_lengths
 from hccr_jax.train.setup import TrainingSetup, attach_mqdf, create_training_setup
 from hccr_jax.train.state import TrainState
 from hccr_jax.train.step import NEVER
@@ -147,7 +147,9 @@ def train(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline:
         logged, clock, is_first = step, time.monotonic(), True
         watchdog.beat("the first call", watchdog.SLOW)
         for call in calls:
-            state, sums = train_chunk(state, np.int32(call.num_steps), call.arrays, *job.teachers)
+            state, sums = train_chunk(
+                state, np.int32(call.num_steps), call.arrays, *job.teacher_variables
+            )
             if is_first:
                 is_first = False
                 jax.block_until_ready(sums)
@@ -212,14 +214,14 @@ def _is_old(picture: Path) -> bool:
 
 def _prepare(
     job: TrainingSetup, state: TrainState, timeline: Timeline
-) -> tuple[Iterator[Call], Callable[..., Any]]:
+) -> tuple[Iterator[Chunk], Callable[..., Any]]:
     """Returns the calls that are left, and the compiled training program."""
     config, steps = job.config, job.steps
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
-    lengths = list(chunk_lengths(int(state.step), steps.total, job.feed.longest, every))
+    lengths = list(chunk_lengths(int(state.step), steps.total, job.batches.max_steps, every))
     if not lengths:
         return iter(()), job.train_chunk
-    calls = job.feed.calls(int(state.step), lengths)
+    calls = job.batches.chunks(int(state.step), lengths)
     head = next(calls)
     timeline.lap("first batch")
     train_chunk = _compile(job, state, head)
@@ -235,7 +237,7 @@ def fit(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: T
     print(network.summary)
     _write_augmented_sheet(job, workdir)
     start = time.monotonic()
-    params = fit_mqdf(network.params, job.feed, total, job.augment, job.validation)
+    params = fit_mqdf(network.params, job.batches, total, job.augment, job.validation)
     seconds = time.monotonic() - start
     timeline.lap("fit")
     print(timeline)
@@ -277,7 +279,7 @@ def _restore(job: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
     return TrainState(seed=job.initial.seed, **params, **items["progress"])
 
 
-def _compile(job: TrainingSetup, state: TrainState, call: Call) -> Callable[..., Any]:
+def _compile(job: TrainingSetup, state: TrainState, call: Chunk) -> Callable[..., Any]:
     """Compiles the training program ahead of the loop and says what the run is and needs."""
     config = job.config
     print(job.network.summary)
@@ -286,11 +288,11 @@ def _compile(job: TrainingSetup, state: TrainState, call: Call) -> Callable[...,
         f"{len(job.train.labels):,} images of {len(set(job.train.writers)):,} writers; "
         f"{job.steps.total:,} steps of {config.batch_size} ({job.steps.per_epoch:,} an epoch) on "
         f"{job.network.mesh.size} × {jax.devices()[0].device_kind}, "
-        f"{job.feed.longest} a call, data: {job.feed.name}"
+        f"{job.batches.max_steps} a call, data: {job.batches.name}"
     )
     start = time.monotonic()
     compiled = job.train_chunk.lower(
-        state, np.int32(call.num_steps), call.arrays, *job.teachers
+        state, np.int32(call.num_steps), call.arrays, *job.teacher_variables
     ).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0

@@ -10,20 +10,20 @@ def training_loss(
     logits: jax.Array,
     labels: jax.Array,
     *,
-    label_smoothing: float = 0.0,
-    noise_rate: float = 0.0,
-    unknown: jax.Array | None = None,
-    teacher_logits: jax.Array | None = None,
-    teacher_weight: float = 0.5,
-    teacher_temperature: float = 1.0,
+    label_smoothing: float,
+    noise_rate: float,
+    uniform_target: jax.Array | None,
+    teacher_logits: jax.Array | None,
+    teacher_weight: float,
+    teacher_temperature: float,
 ) -> jax.Array:
     """Returns the loss of each row: cross-entropy, and distillation where there is a teacher.
 
     Args:
       logits, labels, label_smoothing, noise_rate: as for `cross_entropy`.
-      unknown: bool (B,), rows that are no character: every class is to be as likely, and the
-        teacher is not heard.
-      teacher_logits: float32 (B, K).
+      uniform_target: bool (B,), rows that are no character: their target is the uniform
+        distribution, and the teacher has no weight. None: no such rows.
+      teacher_logits: float32 (B, K), or None.
       teacher_weight: w; the loss is (1 − w) · cross-entropy + w · distillation.
       teacher_temperature: of the distillation.
 
@@ -32,29 +32,29 @@ def training_loss(
     """
     smoothing: float | jax.Array = label_smoothing
     weight: float | jax.Array = teacher_weight
-    if unknown is not None:
-        smoothing = jnp.where(unknown, 1.0, label_smoothing)
-        weight = jnp.where(unknown, 0.0, teacher_weight)
+    if uniform_target is not None:
+        smoothing = jnp.where(uniform_target, 1.0, label_smoothing)
+        weight = jnp.where(uniform_target, 0.0, teacher_weight)
     rows = cross_entropy(logits, labels, smoothing, noise_rate)
     if teacher_logits is None:
         return rows
-    away = distillation(logits, teacher_logits, teacher_temperature)
-    return (1 - weight) * rows + weight * away
+    distilled = distillation(logits, teacher_logits, teacher_temperature)
+    return (1 - weight) * rows + weight * distilled
 
 
-def hits(logits: jax.Array, labels: jax.Array, unknown: jax.Array | None = None) -> jax.Array:
-    """Returns which rows are answered rightly, bool (B,); arguments as for `training_loss`.
+def is_correct(logits: jax.Array, labels: jax.Array, uniform_target: jax.Array | None) -> jax.Array:
+    """Returns which rows are predicted correctly, bool (B,); arguments as for `training_loss`.
 
-    The right answer to what is no character is one that gives no class half of the probability.
+    For what is no character, a prediction is correct if no class has half of the probability.
     """
-    right = logits.argmax(-1) == labels
-    if unknown is None:
-        return right
-    return jnp.where(unknown, jax.nn.softmax(logits).max(-1) < 0.5, right)
+    correct = logits.argmax(-1) == labels
+    if uniform_target is None:
+        return correct
+    return jnp.where(uniform_target, jax.nn.softmax(logits).max(-1) < 0.5, correct)
 
 
 def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns how far each row is from a teacher's answer: T² · KL(teacher ∥ student).
+    """Returns the distillation loss of each row: T² · KL(teacher ∥ student).
 
     Args:
       logits, teacher_logits: float32 (B, K); both are divided by T.

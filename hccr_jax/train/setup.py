@@ -1,4 +1,4 @@
-"""A config made concrete: its data, network and functions."""
+"""From a config to everything a training run needs: data, network and functions."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -26,30 +27,33 @@ from hccr_jax.runtime.checkpoints import check_classes
 from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train import optim
-from hccr_jax.train.augment import make_augment, make_is_mirrored
+from hccr_jax.train.augment import Augment, AugmentOptions, make_augment, make_is_mirrored
 from hccr_jax.train.fit_mqdf import fit_mqdf_member
 from hccr_jax.train.init_from import describe_start, start_from
 from hccr_jax.train.input_pipeline import BATCH_SOURCES, BatchSource, choose_placement
 from hccr_jax.train.state import TrainState, create_train_state
-from hccr_jax.train.step import Augment, make_statistics_step, make_train_chunk, make_train_step
+from hccr_jax.train.statistics_step import make_statistics_step
+from hccr_jax.train.step import StepOptions, make_train_chunk, make_train_step
 
 _ONCE_ROWS = 2048  # augmented at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSetup:
-    """What a training run needs.
+    """Everything a training run needs.
 
     Attributes:
       config: passed by `config.check`.
-      network: see there.
+      network: with its initial weights.
       train, validation, test: the splits.
       steps: lengths of everything.
       augment: from `augment.make_augment`.
       schedule: learning rate by step.
-      train_chunk, statistics_step: from `train_step`; jitted.
-      feed: the batches of its calls.
-      teachers: further arguments of its calls: none, or a teacher's (params, batch_stats).
+      train_chunk: from `step.make_train_chunk`.
+      batches: the batches of its chunks.
+      teacher_variables: further arguments of `train_chunk`: none, or a teacher's (params,
+        batch_stats).
+      statistics_step: from `statistics_step.make_statistics_step`.
       initial: the state before the first step.
     """
 
@@ -62,8 +66,8 @@ class TrainingSetup:
     augment: Augment
     schedule: Callable[[Any], Any]
     train_chunk: Any
-    feed: BatchSource
-    teachers: tuple[Any, ...]
+    batches: BatchSource
+    teacher_variables: tuple[Any, ...]
     statistics_step: Callable[..., Any]
     initial: TrainState
 
@@ -71,7 +75,7 @@ class TrainingSetup:
 def create_training_setup(
     config: ConfigDict, timeline: Timeline, resumes: bool = False
 ) -> TrainingSetup:
-    """Returns everything a training run needs; data sets are put into normal form on first use.
+    """Returns everything a training run needs; data sets are normalised on first use.
 
     Args:
       config: passed by `config.check`.
@@ -81,63 +85,21 @@ def create_training_setup(
     Raises:
       InputError: the data or the config's numbers do not fit.
     """
-    data = config.data
     train = load_training(config)
-    validation, test = (load(config, name) for name in (data.validation_split, data.test_split))
+    splits = config.data.validation_split, config.data.test_split
+    validation, test = (load(config, name) for name in splits)
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
     network = create_network(config, len(train.classes))
     if not resumes:
         network = _start(network, config, train)
-    teacher = None
-    if config.teacher.checkpoint:
-        teacher, form = _load_teacher(config, train)
-        if config.teacher.precompute:
-            seen = load_training(form).images
-            train, teacher = (
-                dataclasses.replace(train, answers=compute_teacher_logits(teacher, seen)),
-                None,
-            )
+    train, teacher = _add_teacher(config, train)
+    train, augment = _create_augment(config, train)
     optimizer, schedule = _create_optimizer(config, steps)
-    augment: Augment = make_augment(**augment_options(config))
-    is_uniform = None
-    if config.loss.mirrored_as_uniform:
-        flips = config.augment.flip_left_right_prob, config.augment.flip_up_down_prob
-        is_uniform = make_is_mirrored(*flips)
-    if config.augment.once:
-        train = augment_once(train, augment, config.seed)
-        augment = _leave
-    train_step = make_train_step(
-        network.apply,
-        optimizer,
-        augment,
-        network.mesh,
-        label_smoothing=config.loss.label_smoothing,
-        noise_rate=config.loss.noise_rate,
-        batch_norm_momentum=config.model.batch_norm_momentum,
-        batch_norm_ramp=config.model.batch_norm_ramp,
-        global_batch_norm=config.model.batch_norm == "global",
-        accumulation_steps=config.gradient_accumulation_steps,
-        reduce_dtype=jnp.dtype(config.reduce_dtype),
-        strict_shards=config_lib.strict_shards(config),
-        average_decay=config.optimizer.average_decay,
-        is_uniform=is_uniform,
-        teacher=teacher.apply if teacher else None,
-        has_answers=train.answers is not None,
-        teacher_weight=config.teacher.weight,
-        teacher_temperature=config.teacher.temperature,
-    )
-    longest = steps_per_execution(config)
-    placement = choose_placement(data.placement, train, network.mesh)
-    feed = BATCH_SOURCES[placement](train, network.mesh, config.seed, config.batch_size, longest)
-    state = create_train_state(
-        network.params,
-        network.batch_stats,
-        optimizer,
-        config.optimizer.average_decay > 0,
-        config.seed,
-    )
-    state = jax.device_put(state, sharding.replicated(network.mesh))
+    options = _step_options(config, teacher, train)
+    train_step = make_train_step(network.apply, optimizer, augment, network.mesh, options)
+    batches = _create_batches(config, train, network.mesh)
+    initial = _create_initial_state(config, network, optimizer)
     timeline.lap("network")
     return TrainingSetup(
         config=config,
@@ -148,17 +110,52 @@ def create_training_setup(
         steps=steps,
         augment=augment,
         schedule=schedule,
-        train_chunk=make_train_chunk(train_step, feed.pick, longest),
-        feed=feed,
-        teachers=((teacher.params, teacher.batch_stats),) if teacher else (),
+        train_chunk=make_train_chunk(train_step, batches.get_batch, batches.max_steps),
+        batches=batches,
+        teacher_variables=((teacher.params, teacher.batch_stats),) if teacher else (),
         statistics_step=make_statistics_step(
-            network.apply,
-            augment,
-            network.mesh,
-            strict_shards=config_lib.strict_shards(config),
+            network.apply, augment, network.mesh, strict_shards=options.strict_shards
         ),
-        initial=state,
+        initial=initial,
     )
+
+
+def _step_options(config: ConfigDict, teacher: Network | None, train: Split) -> StepOptions:
+    is_uniform = None
+    if config.loss.mirrored_as_uniform:
+        is_uniform = make_is_mirrored(augment_options(config))
+    return StepOptions(
+        label_smoothing=config.loss.label_smoothing,
+        noise_rate=config.loss.noise_rate,
+        teacher_weight=config.teacher.weight,
+        teacher_temperature=config.teacher.temperature,
+        batch_norm_momentum=config.model.batch_norm_momentum,
+        batch_norm_ramp=config.model.batch_norm_ramp,
+        global_batch_norm=config.model.batch_norm == "global",
+        accumulation_steps=config.gradient_accumulation_steps,
+        reduce_dtype=jnp.dtype(config.reduce_dtype),
+        strict_shards=config_lib.strict_shards(config),
+        average_decay=config.optimizer.average_decay,
+        teacher=teacher.apply if teacher else None,
+        has_teacher_logits=train.teacher_logits is not None,
+        is_uniform=is_uniform,
+    )
+
+
+def _create_batches(config: ConfigDict, train: Split, mesh: Mesh) -> BatchSource:
+    placement = choose_placement(config.data.placement, train, mesh)
+    source = BATCH_SOURCES[placement]
+    return source(train, mesh, config.seed, config.batch_size, steps_per_execution(config))
+
+
+def _create_initial_state(
+    config: ConfigDict, network: Network, optimizer: optax.GradientTransformation
+) -> TrainState:
+    averages_params = config.optimizer.average_decay > 0
+    state = create_train_state(
+        network.params, network.batch_stats, optimizer, averages_params, config.seed
+    )
+    return jax.device_put(state, sharding.replicated(network.mesh))
 
 
 def _start(network: Network, config: ConfigDict, train: Split) -> Network:
@@ -220,23 +217,36 @@ def _create_optimizer(
     return optimizer, schedule
 
 
-def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict]:
-    """Returns the network to learn from, and the config with the normal form that it sees.
+def _add_teacher(config: ConfigDict, train: Split) -> tuple[Split, Network | None]:
+    """Returns the training split, with teacher logits if they are precomputed; else the teacher."""
+    if not config.teacher.checkpoint:
+        return train, None
+    teacher, teacher_config = _load_teacher(config, train)
+    if not config.teacher.precompute:
+        return train, teacher
+    logits = compute_teacher_logits(teacher, load_training(teacher_config).images)
+    return dataclasses.replace(train, teacher_logits=logits), None
 
-    It must mean the same classes and, if asked in every step, see the same images.
+
+def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict]:
+    """Returns the teacher, and the config with the normal form of its own images.
+
+    Raises:
+      InputError: it was trained on other classes, or needs other images than each step has.
     """
     teacher = load_pretrained(config.teacher.checkpoint, config)
     check_classes(teacher.classes, train.classes, teacher.source)
-    seen = config.copy_and_resolve_references()
-    seen.data.update({key: teacher.config.data[key] for key in NORMAL_FORM})
+    teacher_config = config.copy_and_resolve_references()
+    teacher_config.data.update({key: teacher.config.data[key] for key in NORMAL_FORM})
     for key in NORMAL_FORM:
-        if seen.data[key] != config.data[key] and not config.teacher.precompute:
+        own = teacher_config.data[key]
+        if own != config.data[key] and not config.teacher.precompute:
             raise InputError(
-                f"{teacher.source}: a teacher trained with data.{key}={seen.data[key]!r} cannot "
-                f"judge images of data.{key}={config.data[key]!r}; with "
-                f"--config.teacher.precompute=True it is asked about its own"
+                f"{teacher.source}: a teacher trained with data.{key}={own!r} cannot judge images "
+                f"of data.{key}={config.data[key]!r}; with --config.teacher.precompute=True its "
+                f"logits are computed from its own"
             )
-    return teacher.network, seen
+    return teacher.network, teacher_config
 
 
 def compute_teacher_logits(teacher: Network, images: np.ndarray) -> np.ndarray:
@@ -245,22 +255,30 @@ def compute_teacher_logits(teacher: Network, images: np.ndarray) -> np.ndarray:
     size = teacher.eval_batch_size
     outputs = read_outputs(step, teacher.params, teacher.batch_stats, images, size, teacher.mesh)
     batches = tqdm(
-        outputs, "asking the teacher", math.ceil(len(images) / size), leave=False, unit="batch",
+        outputs, "teacher logits", math.ceil(len(images) / size), leave=False, unit="batch",
         disable=not distributed.is_primary(),
     )  # fmt: skip
     return np.concatenate([logits.astype(np.float16) for (logits,) in batches])
 
 
-def augment_options(config: ConfigDict) -> dict[str, float]:
-    """Returns the arguments of `augment.make_augment` that a config asks for."""
-    return {key: value for key, value in config.augment.items() if key != "once"}
+def augment_options(config: ConfigDict) -> AugmentOptions:
+    """Returns the ranges of a config's augmentation."""
+    return AugmentOptions(**{key: value for key, value in config.augment.items() if key != "once"})
+
+
+def _create_augment(config: ConfigDict, train: Split) -> tuple[Split, Augment]:
+    """Returns the training split and the augmentation of each step."""
+    augment = make_augment(augment_options(config))
+    if config.augment.once:
+        return augment_once(train, augment, config.seed), lambda keys, images: images
+    return train, augment
 
 
 def augment_once(split: Split, augment: Augment, seed: int) -> Split:
     """Returns a split whose images are augmented, each as row i of training step 0 would be.
 
     Args:
-      split: its augmented images lie in this process's memory, as uint8.
+      split: the augmented images are held in this process's memory, as uint8.
       augment: from `augment.make_augment`.
       seed: of the run.
     """
@@ -274,10 +292,6 @@ def augment_once(split: Split, augment: Augment, seed: int) -> Split:
     return dataclasses.replace(split, images=images)
 
 
-def _leave(keys: jax.Array, images: jax.Array) -> jax.Array:
-    return images
-
-
 def steps_per_execution(config: ConfigDict) -> int:
-    """Returns the most steps of a call; the automatic choice hides an accelerator's host."""
+    """Returns the most steps of a chunk; automatic: enough to hide the host from an accelerator."""
     return config.steps_per_execution or (1 if jax.default_backend() == "cpu" else 50)

@@ -50,3 +50,36 @@ def create_train_state(
     copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
     average = copy(params) if averages_params else None
     return TrainState(step, jnp.uint32(seed), params, batch_stats, opt_state, average)
+
+
+def average_statistics(
+    averages: Any, batch: Any, step: jax.Array, momentum: float, ramp: bool = True
+) -> Any:
+    """Returns running averages of the batch statistics after one more batch.
+
+    The weight of the past is min(momentum, t / (t + 9)) at step t: zero at first, so the averages
+    are those of the first batch and never biased towards their initial values; then the last tenth
+    or so of the run, so early statistics are forgotten as the weights change; at last `momentum`. A
+    plain average with the paper's 0.9997 would need some 10,000 steps to forget its start.
+
+    Args:
+      averages, batch: pytrees of equal structure.
+      step: int scalar, batches averaged so far.
+      momentum: the final weight of the past.
+      ramp: False for a plain average, whose past weighs `momentum` from the first step on.
+    """
+    t = step.astype(jnp.float32)
+    keep = jnp.minimum(momentum, t / (t + 9.0)) if ramp else jnp.float32(momentum)
+    # In this form no digit is lost where old and new agree, nor where keep is 0.
+    return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, batch)
+
+
+def average_params(averages: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Returns the moving average of the parameters after one more step.
+
+    The weight of the past is min(decay, (t + 1) / (t + 10)) at step t, so that the initial weights
+    are soon forgotten.
+    """
+    t = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (t + 1.0) / (t + 10.0))
+    return jax.tree.map(lambda old, new: new + (old - new) * keep, averages, params)

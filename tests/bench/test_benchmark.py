@@ -17,9 +17,9 @@ from hccr_jax.bench import rows as bench_rows
 from hccr_jax.bench import tables
 from hccr_jax.bench.timing import Workload, measure, repeated
 from hccr_jax.cli import benchmark
+from hccr_jax.configs import default
 from hccr_jax.models.registry import count_parameters, create_model, split_model
 from hccr_jax.ops import dispatch
-from hccr_jax.train.augment import make_augment
 
 ROOT = Path(__file__).parents[2]
 V1 = f"--config={ROOT / 'configs' / 'v1.py'}"
@@ -255,8 +255,9 @@ def augmented_by_peer(images: np.ndarray, **changes: float) -> np.ndarray:
     torch = pytest.importorskip("torch")
     from hccr_jax.bench.torch_baseline import make_augment as make_peers
 
-    options = dict(make_augment.__kwdefaults__) | changes
+    options = dict(default.get_config().augment) | changes
     torch.manual_seed(0)
+    del options["once"]
     return make_peers(**options)(torch.from_numpy(images))[:, 0].numpy()
 
 

@@ -113,29 +113,29 @@ def test_a_stream_yields_the_records_of_its_steps(first_step: int) -> None:
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
-def batches_of(feed: BatchSource, first_step: int, lengths: list[int]) -> list[tuple]:
-    """Returns images and labels of every step, as the training program would pick them."""
-    pick = jax.jit(feed.pick)
+def batches_of(source: BatchSource, first_step: int, lengths: list[int]) -> list[tuple]:
+    """Returns images and labels of every step, as the training program reads them."""
+    get_batch = jax.jit(source.get_batch)
     return [
-        tuple(map(np.asarray, pick(call.arrays, np.int32(index))))
-        for call in feed.calls(first_step, lengths)
-        for index in range(call.num_steps)
+        tuple(map(np.asarray, get_batch(chunk.arrays, np.int32(index))))
+        for chunk in source.chunks(first_step, lengths)
+        for index in range(chunk.num_steps)
     ]
 
 
 @pytest.mark.parametrize(
-    ("first_step", "longest", "lengths"),
+    ("first_step", "max_steps", "lengths"),
     [(0, 1, [1, 1, 1]), (5, 3, [3, 1, 3, 2]), (2, 20, [20, 7]), (6, 4, [4])],
     ids=str,
 )
 @pytest.mark.parametrize("placement", ["stream", "device"])
 def test_both_placements_give_the_batches_of_the_order(
-    placement: str, first_step: int, longest: int, lengths: list[int]
+    placement: str, first_step: int, max_steps: int, lengths: list[int]
 ) -> None:
     # 50 records in batches of 8: most epochs end inside a batch, and 20 steps hold three epochs.
     split, mesh = a_split(50), sharding.create_mesh()
-    feed = BATCH_SOURCES[placement](split, mesh, 5, 8, longest)
-    batches = batches_of(feed, first_step, lengths)
+    source = BATCH_SOURCES[placement](split, mesh, 5, 8, max_steps)
+    batches = batches_of(source, first_step, lengths)
     assert len(batches) == sum(lengths)
     for step, (images, labels) in enumerate(batches, first_step):
         expected = gather(split, batch_rows(5, step, 8, 50))
@@ -144,7 +144,7 @@ def test_both_placements_give_the_batches_of_the_order(
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
-def test_calls_end_where_something_is_due() -> None:
+def test_chunks_end_where_something_is_due() -> None:
     lengths = list(chunk_lengths(3, 100, 16, [10, 25]))
     ends = set(np.cumsum([3, *lengths]).tolist())
     assert {*range(10, 101, 10), *range(25, 101, 25)} <= ends

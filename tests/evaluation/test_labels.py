@@ -118,8 +118,8 @@ def test_only_training_labels_are_shuffled(tiny_job: list[str]):
         share = 0.25 if split == "train" else 0.0
         assert (ours.labels != clean.labels).sum() == round(share * len(clean.labels))
     # What is fed is what the job says.
-    call = next(job.feed.calls(0, [1]))
-    images, labels = map(np.asarray, job.feed.pick(call.arrays, 0))
+    chunk = next(job.batches.chunks(0, [1]))
+    images, labels = map(np.asarray, job.batches.get_batch(chunk.arrays, 0))
     for image, label in zip(images, labels, strict=True):
         same = (job.train.images == image).all(axis=(1, 2))
         assert label in job.train.labels[same]

@@ -205,24 +205,24 @@ def test_a_teacher_must_see_the_same_images_and_mean_the_same_classes(
             _load_teacher(changed, train)
         assert str(caught.value) == (
             f"{source / 'checkpoints' / '4'}: a teacher trained with data.{key}={own!r} cannot "
-            f"judge images of data.{key}={value!r}; with --config.teacher.precompute=True it is asked "
-            f"about its own"
+            f"judge images of data.{key}={value!r}; with --config.teacher.precompute=True its "
+            f"logits are computed from its own"
         )
 
 
-def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> None:
+def test_a_run_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> None:
     asked = {"checkpoint": source, "weight": 0.25, "temperature": 3.0}
     job = create_training_setup(
         parse(tiny_job, *(f"--config.teacher.{key}={value}" for key, value in asked.items())),
         Timeline(),
     )
     teacher = load_pretrained(source, job.config).network
-    ((params, batch_stats),) = job.teachers
+    ((params, batch_stats),) = job.teacher_variables
     jax.tree.map(np.testing.assert_array_equal, params, teacher.params)
     jax.tree.map(np.testing.assert_array_equal, batch_stats, teacher.batch_stats)
 
-    call = next(job.feed.calls(0, [1]))
-    images, labels = map(np.asarray, job.feed.pick(call.arrays, 0))
+    chunk = next(job.batches.chunks(0, [1]))
+    images, labels = map(np.asarray, job.batches.get_batch(chunk.arrays, 0))
     augment_keys, dropout_keys = (
         row_keys(0, stream, jnp.int32(0), len(labels)) for stream in (AUGMENT, DROPOUT)
     )
@@ -236,11 +236,11 @@ def test_a_job_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     by_label = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
     away = 9.0 * entropy(softmax(answer / 3, axis=1), softmax(logits / 3, axis=1), axis=1)
     assert away.mean() > 1e-3
-    _, sums = job.train_chunk(job.initial, np.int32(1), call.arrays, *job.teachers)
+    _, sums = job.train_chunk(job.initial, np.int32(1), chunk.arrays, *job.teacher_variables)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
 
 
-def test_a_teacher_asked_once_is_shown_its_own_normal_form(
+def test_precomputed_teacher_logits_are_of_the_teachers_own_normal_form(
     source: Path, tiny_job: list[str]
 ) -> None:
     flags = [f"--config.teacher.checkpoint={source}", "--config.teacher.precompute=True"]
@@ -249,21 +249,21 @@ def test_a_teacher_asked_once_is_shown_its_own_normal_form(
     train = create_training_setup(parse(tiny_job, *flags), Timeline()).train
     assert (own.images.shape[1:], train.images.shape[1:]) == ((32, 32), (48, 48))
     np.testing.assert_array_equal(train.labels, own.labels)
-    np.testing.assert_array_equal(train.answers, own.answers)
+    np.testing.assert_array_equal(train.teacher_logits, own.teacher_logits)
 
 
 @pytest.mark.parametrize("placement", ["stream", "device"])
-def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
+def test_precomputed_teacher_logits_are_of_the_images_as_they_are(
     source: Path, tiny_job: list[str], placement: str
 ) -> None:
     asked = {"checkpoint": source, "precompute": True, "weight": 1.0, "temperature": 3.0}
     flags = [f"--config.teacher.{key}={value}" for key, value in asked.items()]
     flags.append(f"--config.data.placement={placement}")
     job = create_training_setup(parse(tiny_job, *flags), Timeline())
-    assert job.teachers == ()
+    assert job.teacher_variables == ()
 
-    call = next(job.feed.calls(0, [1]))
-    images, labels, _ = map(np.asarray, job.feed.pick(call.arrays, 0))
+    chunk = next(job.batches.chunks(0, [1]))
+    images, labels, _ = map(np.asarray, job.batches.get_batch(chunk.arrays, 0))
     teacher = load_pretrained(source, job.config).network
     seen = to_float(jnp.array(images))[..., None]
     answer, _ = jax.jit(teacher.apply)(teacher.params, teacher.batch_stats, seen)
@@ -277,5 +277,5 @@ def test_a_teacher_asked_once_has_answered_about_the_images_as_they_are(
     )(inputs)
     answer, logits = (np.asarray(x, np.float64) / 3 for x in (answer, logits))
     away = 9.0 * entropy(softmax(answer, axis=1), softmax(logits, axis=1), axis=1)
-    _, sums = job.train_chunk(job.initial, np.int32(1), call.arrays)
-    np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # answers of half precision
+    _, sums = job.train_chunk(job.initial, np.int32(1), chunk.arrays)
+    np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # logits of half precision

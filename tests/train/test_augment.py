@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from hccr_jax.configs import default
 from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.ops.warp import rotation_matrix, warp
 from hccr_jax.train.augment import (
     ELASTIC_CELLS,
-    NUM_DRAWS,
+    Augment,
+    AugmentOptions,
+    Draw,
     change_stroke_width,
     ink_extents,
     make_augment,
     make_is_mirrored,
 )
+from hccr_jax.train.setup import augment_options
 
 SIZE = 64
 
@@ -26,6 +30,17 @@ def blobs(count: int) -> np.ndarray:
     smooth[:, :10] = smooth[:, -10:] = 0
     smooth[:, :, :10] = smooth[:, :, -10:] = 0
     return np.clip(smooth, 0, 1)
+
+
+def options(**changes: float) -> AugmentOptions:
+    """Returns the defaults, which change nothing, but for some."""
+    config = default.get_config()
+    config.augment.update(changes)
+    return augment_options(config)
+
+
+def augmentation(**changes: float) -> Augment:
+    return make_augment(options(**changes))
 
 
 def keys(count: int) -> jax.Array:
@@ -58,27 +73,27 @@ def test_a_positive_angle_turns_counter_clockwise(degrees):
 
 def test_a_certain_flip_is_exact():
     images = blobs(3)
-    left_right = make_augment(flip_left_right_prob=1.0)(keys(3), jnp.array(images))
-    up_down = make_augment(flip_up_down_prob=1.0)(keys(3), jnp.array(images))
+    left_right = augmentation(flip_left_right_prob=1.0)(keys(3), jnp.array(images))
+    up_down = augmentation(flip_up_down_prob=1.0)(keys(3), jnp.array(images))
     np.testing.assert_allclose(left_right, images[:, :, ::-1], atol=1e-6)
     np.testing.assert_allclose(up_down, images[:, ::-1], atol=1e-6)
 
 
 def test_no_augmentation_is_the_identity():
     images = blobs(3)
-    np.testing.assert_allclose(make_augment()(keys(3), jnp.array(images)), images, atol=1e-6)
+    np.testing.assert_allclose(augmentation()(keys(3), jnp.array(images)), images, atol=1e-6)
 
 
 def test_flips_come_as_often_as_asked():
     images = jnp.zeros((4000, 8, 8)).at[:, 3:5, 2].set(1.0)
-    flipped = make_augment(flip_left_right_prob=0.3)(keys(4000), images)[:, 3, 5] > 0.5
+    flipped = augmentation(flip_left_right_prob=0.3)(keys(4000), images)[:, 3, 5] > 0.5
     assert abs(float(flipped.mean()) - 0.3) < 0.03  # four standard deviations
 
 
 def test_rotation_stays_in_range_and_uses_it():
     # The ink's principal axis, by second moments, gives the angle back.
     bar = jnp.zeros((500, SIZE, SIZE)).at[:, 31:33, 12:52].set(1.0)
-    turned = np.asarray(make_augment(rotate_deg=30.0)(keys(500), bar))
+    turned = np.asarray(augmentation(rotate_deg=30.0)(keys(500), bar))
     grid = np.arange(SIZE) - (SIZE - 1) / 2
     xx = (turned * grid[None, None] ** 2).sum((1, 2))
     yy = (turned * grid[None, :, None] ** 2).sum((1, 2))
@@ -91,7 +106,7 @@ def test_rotation_stays_in_range_and_uses_it():
 
 def test_resize_changes_the_aspect_and_keeps_the_longer_side():
     box = jnp.zeros((300, SIZE, SIZE)).at[:, 12:52, 20:44].set(1.0)  # 24 wide, 40 high
-    resized = make_augment(resize_min=0.5, resize_max=2.5)(keys(300), box)
+    resized = augmentation(resize_min=0.5, resize_max=2.5)(keys(300), box)
     width, height = (np.asarray(v) for v in ink_extents(resized))
     assert np.abs(np.maximum(width, height) - 40).max() <= 2
     aspect = width / height
@@ -103,7 +118,7 @@ def test_the_paper_augmentation_crops_nothing():
     bar = (
         jnp.zeros((500, SIZE, SIZE)).at[:, 12:52, 30:34].set(1.0)
     )  # narrow: stretching it is worst
-    augment = make_augment(
+    augment = augmentation(
         flip_left_right_prob=0.5, rotate_deg=30.0, resize_min=0.5, resize_max=2.5
     )
     border = np.ones((SIZE, SIZE), bool)
@@ -113,7 +128,7 @@ def test_the_paper_augmentation_crops_nothing():
 
 def test_a_row_depends_on_its_own_key_and_image_alone():
     augment = jax.jit(
-        make_augment(
+        augmentation(
             rotate_deg=30.0, zoom=0.2, shear=0.2, shift_px=3.0, elastic_px=1.0, stroke_width=0.5,
             erase_prob=0.5, noise_std=0.05,
         )
@@ -127,7 +142,7 @@ def test_a_row_depends_on_its_own_key_and_image_alone():
 
 def test_erasing_turns_one_rectangle_to_paper():
     images = jnp.ones((200, 40, 40))
-    erased = np.asarray(make_augment(erase_prob=1.0, erase_max_side=0.4)(keys(200), images)) == 0
+    erased = np.asarray(augmentation(erase_prob=1.0, erase_max_side=0.4)(keys(200), images)) == 0
     for gap in erased:
         rows, columns = np.flatnonzero(gap.any(1)), np.flatnonzero(gap.any(0))
         assert gap.sum() == rows.size * columns.size  # a full rectangle
@@ -137,13 +152,13 @@ def test_erasing_turns_one_rectangle_to_paper():
 
 def test_a_certain_transposition_is_exact():
     images = blobs(3)
-    transposed = make_augment(transpose_prob=1.0)(keys(3), jnp.array(images))
+    transposed = augmentation(transpose_prob=1.0)(keys(3), jnp.array(images))
     np.testing.assert_allclose(transposed, np.swapaxes(images, 1, 2), atol=1e-6)
 
 
 def test_a_transposed_image_keeps_its_longer_side_when_resized():
     box = jnp.zeros((50, SIZE, SIZE)).at[:, 12:52, 20:44].set(1.0)  # 24 wide, 40 high
-    augment = make_augment(transpose_prob=1.0, resize_min=0.5, resize_max=2.5)
+    augment = augmentation(transpose_prob=1.0, resize_min=0.5, resize_max=2.5)
     width, height = (np.asarray(v) for v in ink_extents(augment(keys(50), box)))
     assert np.abs(np.maximum(width, height) - 40).max() <= 2
 
@@ -152,7 +167,7 @@ def test_a_crop_shows_a_window_that_lies_inside_the_image():
     # Each pixel holds its own place, so what is shown tells where the window lies.
     place = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     across = jnp.array(np.broadcast_to(place, (2000, SIZE, SIZE)))
-    augment = make_augment(crop_min=0.6)
+    augment = augmentation(crop_min=0.6)
     for images, axis in ((across, 2), (across.swapaxes(1, 2), 1)):
         shown = np.asarray(augment(keys(2000), images))
         line = np.take(shown, SIZE // 2, axis=3 - axis)
@@ -173,14 +188,14 @@ def test_a_crop_shows_a_window_that_lies_inside_the_image():
 def test_contrast_and_brightness_follow_their_formulas():
     images = jnp.array(0.4 + 0.2 * np.random.default_rng(0).random((400, 8, 8), np.float32))
     mean = np.asarray(images).mean((1, 2), keepdims=True)
-    changed = np.asarray(make_augment(contrast=0.5)(keys(400), images))
+    changed = np.asarray(augmentation(contrast=0.5)(keys(400), images))
     factors = (changed - mean) / (images - mean)
     np.testing.assert_allclose(changed.mean((1, 2), keepdims=True), mean, atol=1e-6)
     factor = np.median(factors, (1, 2))
     np.testing.assert_allclose(changed, mean + factor[:, None, None] * (images - mean), atol=1e-5)
     assert 0.5 <= factor.min() < 0.52
     assert 1.48 < factor.max() <= 1.5
-    change = np.asarray(make_augment(brightness=0.3)(keys(400), images) - images)
+    change = np.asarray(augmentation(brightness=0.3)(keys(400), images) - images)
     assert np.ptp(change, (1, 2)).max() < 1e-6
     assert -0.3 <= change.min() < -0.29
     assert 0.29 < change.max() <= 0.3
@@ -188,15 +203,21 @@ def test_contrast_and_brightness_follow_their_formulas():
 
 def test_contrast_and_brightness_stay_between_paper_and_ink():
     images = jnp.array(np.random.default_rng(0).random((100, 8, 8), np.float32))
-    changed = make_augment(contrast=1.0, brightness=1.0)(keys(100), images)
+    changed = augmentation(contrast=1.0, brightness=1.0)(keys(100), images)
     assert changed.min() == 0
     assert changed.max() == 1
 
 
 @pytest.mark.parametrize("fewer", [16, 20, 22])  # as many as there were before something came
 def test_new_draws_leave_those_before_them_alone(fewer):
-    whole = jax.random.uniform(jax.random.key(5), (NUM_DRAWS,))
+    whole = jax.random.uniform(jax.random.key(5), (Draw.COUNT,))
     np.testing.assert_array_equal(jax.random.uniform(jax.random.key(5), (fewer,)), whole[:fewer])
+
+
+def test_every_number_is_drawn_for_one_use():
+    places = [place for name, place in vars(Draw).items() if name.isupper() and name != "COUNT"]
+    numbers = [np.arange(Draw.COUNT)[place].ravel() for place in places]
+    np.testing.assert_array_equal(np.sort(np.concatenate(numbers)), np.arange(Draw.COUNT))
 
 
 def displacements(count: int, size: int, elastic_px: float) -> np.ndarray:
@@ -204,7 +225,7 @@ def displacements(count: int, size: int, elastic_px: float) -> np.ndarray:
     # Each pixel holds its own place, so what is shown tells where it was read.
     place = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     across = jnp.broadcast_to(place, (count, size, size))
-    augment = jax.jit(make_augment(elastic_px=elastic_px))
+    augment = jax.jit(augmentation(elastic_px=elastic_px))
     moved = [augment(keys(count), images) - images for images in (across, across.swapaxes(1, 2))]
     return size * np.asarray(moved)
 
@@ -249,7 +270,7 @@ def test_strokes_grow_to_the_dilated_image_and_shrink_to_the_eroded():
 
 def test_stroke_widths_stay_in_range_and_use_it():
     images = jnp.zeros((500, 8, 8)).at[:, 2:6, 2:6].set(0.5).at[:, 3:5, 3:5].set(1.0)
-    changed = np.asarray(jax.jit(make_augment(stroke_width=0.6))(keys(500), images))
+    changed = np.asarray(jax.jit(augmentation(stroke_width=0.6))(keys(500), images))
     # Around the middle 0.5 grows to 1, and shrinks to 0.
     amounts = (changed[:, 2, 2] - 0.5) / 0.5
     np.testing.assert_allclose(changed[:, 3, 3], np.minimum(1, 1 + amounts / 2), atol=1e-6)
@@ -286,8 +307,8 @@ def test_views_turn_zoom_and_mirror(count, flips):
 
 def test_mirrored_images_are_known_by_their_keys():
     mark = jnp.zeros((400, 8, 8)).at[:, 1, 2].set(1.0)
-    options = {"flip_left_right_prob": 0.3, "flip_up_down_prob": 0.2}
-    augmented = np.asarray(make_augment(**options)(keys(400), mark))
-    mirrored = np.asarray(make_is_mirrored(*options.values())(keys(400)))
+    flips = options(flip_left_right_prob=0.3, flip_up_down_prob=0.2)
+    augmented = np.asarray(make_augment(flips)(keys(400), mark))
+    mirrored = np.asarray(make_is_mirrored(flips)(keys(400)))
     np.testing.assert_array_equal(mirrored, augmented[:, 1, 2] == 0)
     assert 0.34 < mirrored.mean() < 0.54  # 1 - 0.7 * 0.8 = 0.44, four standard deviations

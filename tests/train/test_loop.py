@@ -72,8 +72,8 @@ def test_what_is_augmented_once_looks_the_same_in_every_epoch(tiny_job: list[str
     np.testing.assert_allclose(stored / 255, augmented, atol=0.5 / 255 + 1e-5)
     assert (stored != plain.train.images).any(axis=(1, 2)).all()
     epochs: list[list[bytes]] = [[], []]
-    for step, call in enumerate(job.feed.calls(0, [1] * (2 * count // 8))):
-        images, _ = job.feed.pick(call.arrays, 0)
+    for step, chunk in enumerate(job.batches.chunks(0, [1] * (2 * count // 8))):
+        images, _ = job.batches.get_batch(chunk.arrays, 0)
         seen = job.augment(row_keys(0, AUGMENT, jnp.int32(step), 8), to_float(images))
         epochs[step * 8 // count] += [image.tobytes() for image in np.asarray(seen)]
     assert len(set(epochs[0])) == count

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
+from hccr_jax.configs import default
 from hccr_jax.inference.steps import combine_tta, make_eval_step, to_float
 from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.models.blocks import InvertedResidual
@@ -23,14 +24,10 @@ from hccr_jax.runtime.sharding import DATA_AXIS, replicated
 from hccr_jax.train.augment import make_augment
 from hccr_jax.train.losses import distillation
 from hccr_jax.train.optim import make_optimizer
-from hccr_jax.train.state import TrainState, create_train_state
-from hccr_jax.train.step import (
-    NEVER,
-    average_statistics,
-    make_statistics_step,
-    make_train_chunk,
-    make_train_step,
-)
+from hccr_jax.train.setup import augment_options
+from hccr_jax.train.state import TrainState, average_statistics, create_train_state
+from hccr_jax.train.statistics_step import make_statistics_step
+from hccr_jax.train.step import NEVER, StepOptions, make_train_chunk, make_train_step
 
 NUM_CLASSES, IMAGE_PX = 7, 12
 
@@ -144,15 +141,15 @@ def test_cross_entropy_bears_huge_logits():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_distillation_is_the_divergence_of_the_softened_answers(temperature):
+def test_distillation_is_the_divergence_of_the_softened_distributions(temperature):
     logits, teacher = 5 * np.random.default_rng(0).normal(size=(2, 6, 10))
-    student_answer, teacher_answer = (softmax(x / temperature, axis=1) for x in (logits, teacher))
-    exact = temperature**2 * entropy(teacher_answer, student_answer, axis=1)
+    student_probs, teacher_probs = (softmax(x / temperature, axis=1) for x in (logits, teacher))
+    exact = temperature**2 * entropy(teacher_probs, student_probs, axis=1)
     logits, teacher = jnp.array(logits, jnp.float32), jnp.array(teacher, jnp.float32)
     np.testing.assert_allclose(distillation(logits, teacher, temperature), exact, rtol=1e-5)
     # Section 2.1 of the source: (softmax(z/T) − softmax(v/T)) / T, times T².
     gradient = jax.grad(lambda x: distillation(x, teacher, temperature).sum())(logits)
-    exact = temperature * (student_answer - teacher_answer)
+    exact = temperature * (student_probs - teacher_probs)
     np.testing.assert_allclose(gradient, exact, atol=1e-5 * temperature)
     np.testing.assert_array_equal(distillation(teacher, teacher, temperature), np.zeros(6))
 
@@ -166,9 +163,8 @@ def descent():
     """Returns a network, plain gradient descent at rate 0.5, and its step on four devices."""
     network = make_small_network()
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
-    step = make_train_step(
-        network[0], optimizer, as_they_are, mesh_of(4), label_smoothing=0.1, noise_rate=0.2
-    )
+    options = StepOptions(label_smoothing=0.1, noise_rate=0.2)
+    step = make_train_step(network[0], optimizer, as_they_are, mesh_of(4), options)
     return network, optimizer, step
 
 
@@ -228,7 +224,8 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
 
     images, labels = make_batch(8)
     optimizer = make_optimizer("sgd", lambda step: 0.0)
-    step = make_train_step(network, optimizer, noise, mesh_of(devices), batch_norm_momentum=0.0)
+    options = StepOptions(batch_norm_momentum=0.0)
+    step = make_train_step(network, optimizer, noise, mesh_of(devices), options)
     nothing = {"augment": jnp.zeros(8), "dropout": jnp.zeros(8)}
     state = fresh(jnp.zeros(NUM_CLASSES), nothing, optimizer, mesh_of(devices), seed=3)
     for count in range(2):
@@ -245,7 +242,9 @@ def test_another_seed_is_the_same_program():
             make_small_network(dropout_rate=0.5),
             make_optimizer("sgd", lambda step: 0.1),
         )
-        augment = make_augment(rotate_deg=10.0)
+        config = default.get_config()
+        config.augment.rotate_deg = 10.0
+        augment = make_augment(augment_options(config))
         step = make_train_step(network[0], optimizer, augment, mesh_of(1))
         state = fresh(*network[1:], optimizer, mesh_of(1), seed=seed)
         return step.lower(state, *make_batch(8)).as_text()
@@ -253,8 +252,8 @@ def test_another_seed_is_the_same_program():
     assert text(0) == text(7)
 
 
-def mean_of_parts(network, parts):
-    """Returns the mean loss, statistics and gradients of parts taken each alone."""
+def mean_of_microbatches(network, microbatches):
+    """Returns the mean loss, statistics and gradients of microbatches, each computed alone."""
     apply, params, batch_stats = network
 
     @jax.jit
@@ -263,19 +262,20 @@ def mean_of_parts(network, parts):
         logits, statistics = apply(params, batch_stats, to_float(images)[..., None], True)
         return cross_entropy(logits, labels).mean(), statistics
 
-    each = [plain(params, *part) for part in parts]
+    each = [plain(params, *microbatch) for microbatch in microbatches]
     return jax.tree.map(lambda *leaves: np.mean(leaves, 0), *each)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_accumulation_averages_the_gradients_of_its_parts(devices):
+def test_accumulation_averages_the_gradients_of_its_microbatches(devices):
     images, labels = make_batch(16)
     network = apply, params, batch_stats = make_small_network()
-    # Part m of four is every fourth row from row m on, however many devices share it.
-    parts = [(images[m::4], labels[m::4]) for m in range(4)]
-    (loss, statistics), gradients = mean_of_parts(network, parts)
+    # Microbatch m of four is every fourth row from row m on, however many devices share it.
+    microbatches = [(images[m::4], labels[m::4]) for m in range(4)]
+    (loss, statistics), gradients = mean_of_microbatches(network, microbatches)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
-    step = make_train_step(apply, optimizer, as_they_are, mesh_of(devices), accumulation_steps=4)
+    options = StepOptions(accumulation_steps=4)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(devices), options)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(devices)), images, labels)
     assert_near(metrics["loss"], loss)
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
@@ -283,14 +283,14 @@ def test_accumulation_averages_the_gradients_of_its_parts(devices):
 
 
 @pytest.mark.parametrize("options", [{"strict_shards": 4}, {"global_batch_norm": False}])
-def test_parts_with_statistics_of_their_own_are_averaged(options):
-    """Four parts of consecutive rows: of a strict step, or those that four devices hold."""
+def test_microbatches_with_statistics_of_their_own_are_averaged(options):
+    """Four of consecutive rows: of a strict step, or those that four devices hold."""
     images, labels = make_batch(16)
     network = apply, params, batch_stats = make_small_network()
-    parts = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
-    (loss, statistics), gradients = mean_of_parts(network, parts)
+    microbatches = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)]
+    (loss, statistics), gradients = mean_of_microbatches(network, microbatches)
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
-    step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), **options)
+    step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), StepOptions(**options))
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
     assert_near(metrics["loss"], loss)
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
@@ -304,7 +304,7 @@ def test_a_strict_step_has_the_same_bits_on_any_number_of_devices():
 
     def run(devices):
         mesh = mesh_of(devices)
-        step = make_train_step(apply, optimizer, as_they_are, mesh, strict_shards=4)
+        step = make_train_step(apply, optimizer, as_they_are, mesh, StepOptions(strict_shards=4))
         count = make_statistics_step(apply, as_they_are, mesh, strict_shards=4)
         state = fresh(params, batch_stats, optimizer, mesh)
         for _ in range(3):
@@ -326,7 +326,8 @@ def test_gradients_added_up_in_bfloat16_have_its_precision():
     optimizer = make_optimizer("sgd", lambda step: 1.0, beta1=0.0)
     gradients = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), reduce_dtype=dtype)
+        options = StepOptions(reduce_dtype=dtype)
+        step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), options)
         state, _ = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
         difference = jax.tree.map(lambda old, new: old - new, params, state.params)
         gradients.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(difference)]))
@@ -349,26 +350,28 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(descent):
     }  # fmt: skip
 
 
-def test_a_call_is_its_steps_in_turn_whatever_its_length(descent):
-    """Bit for bit: a run that was stopped may go on in calls of other lengths."""
+def test_a_chunk_is_its_steps_in_turn_whatever_its_length(descent):
+    """Bit for bit: a run that was stopped may go on in chunks of other lengths."""
     (_, params, batch_stats), optimizer, step = descent
     batches = [make_batch(16, seed) for seed in range(5)]
-    arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
-    call = make_train_chunk(step, lambda arrays, index: tuple(a[index] for a in arrays), longest=5)
+    arrays = tuple(np.stack(rows) for rows in zip(*batches, strict=True))
+    train_chunk = make_train_chunk(
+        step, lambda arrays, index: tuple(a[index] for a in arrays), max_steps=5
+    )
 
     def run(lengths):
         state, sums, done = fresh(params, batch_stats, optimizer, mesh_of(4)), [], 0
         for count in lengths:
             later = tuple(np.roll(array, -done, axis=0) for array in arrays)
-            state, metrics = call(state, np.int32(count), later)
+            state, metrics = train_chunk(state, np.int32(count), later)
             sums, done = [*sums, metrics], done + count
         return state, sums
 
     whole, (of_five,) = run([5])
     for lengths in ([1, 1, 1, 1, 1], [2, 3]):
-        parts, sums = run(lengths)
-        jax.tree.map(np.testing.assert_array_equal, parts, whole)
-        assert {int(part.pop("first_bad")) for part in sums} == {NEVER}
+        end, sums = run(lengths)
+        jax.tree.map(np.testing.assert_array_equal, end, whole)
+        assert {int(chunk.pop("first_bad")) for chunk in sums} == {NEVER}
         expected = {name: value for name, value in of_five.items() if name != "first_bad"}
         assert_near(jax.tree.map(lambda *leaves: np.sum(leaves, 0), *sums), expected)
     state = fresh(params, batch_stats, optimizer, mesh_of(4))
@@ -389,8 +392,8 @@ def test_no_convolution_stands_in_the_loop_on_a_cpu(name):
     state = jax.eval_shape(lambda: create_train_state(params, batch_stats, optimizer))
     images = jax.ShapeDtypeStruct((2, 4, 32, 32), np.uint8)
     labels = jax.ShapeDtypeStruct((2, 4), np.int32)
-    call = make_train_chunk(step, lambda arrays, k: tuple(a[k] for a in arrays), longest=2)
-    program = call.lower(state, np.int32(1), (images, labels)).as_text()
+    train_chunk = make_train_chunk(step, lambda arrays, k: tuple(a[k] for a in arrays), max_steps=2)
+    program = train_chunk.lower(state, np.int32(1), (images, labels)).as_text()
     assert "while" in program
     assert "convolution" not in program
 
@@ -399,39 +402,39 @@ AVERAGE_DECAY, TEACHER_WEIGHT, TEMPERATURE = 0.3, 0.7, 2.0
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def distilled():
     """Returns student, teacher, optimizer, and the step with an average, by number of devices."""
     student, (teach, *teacher) = make_small_network(), make_small_network(seed=1)
     teacher = jax.tree.map(lambda leaf: 3 * leaf, teacher)  # so that it has firm opinions
     optimizer = make_optimizer("sgd", lambda step: 0.5, beta1=0.0)
+    options = StepOptions(
+        label_smoothing=0.1, average_decay=AVERAGE_DECAY, teacher=teach,
+        teacher_weight=TEACHER_WEIGHT, teacher_temperature=TEMPERATURE,
+    )  # fmt: skip
     steps = {
-        count: make_train_step(
-            student[0], optimizer, as_they_are, mesh_of(count), label_smoothing=0.1,
-            average_decay=AVERAGE_DECAY, teacher=teach, teacher_weight=TEACHER_WEIGHT,
-            teacher_temperature=TEMPERATURE,
-        )
+        count: make_train_step(student[0], optimizer, as_they_are, mesh_of(count), options)
         for count in (1, 4)
-    }  # fmt: skip
+    }
     return student, (teach, *teacher), optimizer, steps
 
 
-def test_a_step_descends_what_labels_and_teacher_ask_for(lesson):
+def test_a_step_descends_the_gradient_of_labels_and_teacher(distilled):
     images, labels = make_batch(16)
-    (apply, params, batch_stats), (teach, *teacher), optimizer, steps = lesson
+    (apply, params, batch_stats), (teach, *teacher), optimizer, steps = distilled
     inputs = to_float(images)[..., None]
     logits, pull = jax.vjp(
         jax.jit(lambda params: apply(params, batch_stats, inputs, True)[0]), params
     )
     exact = np.asarray(logits, np.float64)
-    answer = np.asarray(jax.jit(teach)(*teacher, inputs)[0], np.float64)
+    taught = np.asarray(jax.jit(teach)(*teacher, inputs)[0], np.float64)
     target = 0.9 * np.eye(NUM_CLASSES)[labels] + 0.1 / NUM_CLASSES
-    softened, softened_answer = (softmax(x / TEMPERATURE, axis=1) for x in (exact, answer))
-    away = TEMPERATURE**2 * entropy(softened_answer, softened, axis=1)
+    softened, softened_teacher = (softmax(x / TEMPERATURE, axis=1) for x in (exact, taught))
+    away = TEMPERATURE**2 * entropy(softened_teacher, softened, axis=1)
     assert away.mean() > 0.1, "the teacher has something to say"
     by_label = -(target * log_softmax(exact, axis=1)).sum(1)
     loss = np.mean((1 - TEACHER_WEIGHT) * by_label + TEACHER_WEIGHT * away)
     by_logit = (1 - TEACHER_WEIGHT) * (softmax(exact, axis=1) - target)
-    by_logit += TEACHER_WEIGHT * TEMPERATURE * (softened - softened_answer)
+    by_logit += TEACHER_WEIGHT * TEMPERATURE * (softened - softened_teacher)
     (gradients,) = pull(jnp.array(by_logit / len(labels), jnp.float32))
 
     state = fresh(params, batch_stats, optimizer, mesh_of(4), averages=True)
@@ -441,9 +444,9 @@ def test_a_step_descends_what_labels_and_teacher_ask_for(lesson):
     assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
 
 
-def test_the_average_of_the_weights_follows_its_recursion(lesson):
+def test_the_average_of_the_weights_follows_its_recursion(distilled):
     images, labels = make_batch(16)
-    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = distilled
     state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for t in range(6):
@@ -460,9 +463,9 @@ def test_the_average_of_the_weights_follows_its_recursion(lesson):
     assert plain.eval_params is plain.params
 
 
-def test_average_and_teacher_do_not_depend_on_the_number_of_devices(lesson):
+def test_average_and_teacher_do_not_depend_on_the_number_of_devices(distilled):
     images, labels = make_batch(16)
-    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = distilled
     ends = []
     for count, step in steps.items():
         state = fresh(params, batch_stats, optimizer, mesh_of(count), averages=True)
@@ -472,28 +475,26 @@ def test_average_and_teacher_do_not_depend_on_the_number_of_devices(lesson):
     assert_near(*ends)
 
 
-def test_a_teacher_without_weight_changes_nothing(descent, lesson):
+def test_a_teacher_without_weight_changes_nothing(descent, distilled):
     images, labels = make_batch(16)
     (apply, params, batch_stats), optimizer, step = descent
-    _, (teach, *teacher), _, _ = lesson
-    ignoring = make_train_step(
-        apply, optimizer, as_they_are, mesh_of(4), label_smoothing=0.1, noise_rate=0.2,
-        teacher=teach, teacher_weight=0.0,
-    )  # fmt: skip
+    _, (teach, *teacher), _, _ = distilled
+    options = StepOptions(label_smoothing=0.1, noise_rate=0.2, teacher=teach, teacher_weight=0.0)
+    ignoring = make_train_step(apply, optimizer, as_they_are, mesh_of(4), options)
     alone = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
     state = fresh(params, batch_stats, optimizer, mesh_of(4))
     assert_near(ignoring(state, images, labels, tuple(teacher)), alone)  # two programs: they round
 
 
-def test_a_call_hands_the_teacher_to_each_of_its_steps(lesson):
-    (_, params, batch_stats), (_, *teacher), optimizer, steps = lesson
+def test_a_chunk_passes_the_teacher_to_each_of_its_steps(distilled):
+    (_, params, batch_stats), (_, *teacher), optimizer, steps = distilled
     batches = [make_batch(16, seed) for seed in range(2)]
-    arrays = tuple(np.stack(part) for part in zip(*batches, strict=True))
-    call = make_train_chunk(
-        steps[1], lambda arrays, index: tuple(a[index] for a in arrays), longest=2
+    arrays = tuple(np.stack(rows) for rows in zip(*batches, strict=True))
+    train_chunk = make_train_chunk(
+        steps[1], lambda arrays, index: tuple(a[index] for a in arrays), max_steps=2
     )
     state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
-    whole, sums = call(state, np.int32(2), arrays, tuple(teacher))
+    whole, sums = train_chunk(state, np.int32(2), arrays, tuple(teacher))
     state, losses = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True), []
     for batch in batches:
         state, metrics = steps[1](state, *batch, tuple(teacher))
@@ -527,7 +528,7 @@ def test_the_statistics_step_averages_batches_equally():
 
 
 def linear_network(num_classes: int):
-    """Returns a network of one matrix and its weights; answers of it are known to NumPy."""
+    """Returns a network of one matrix, and its weights: NumPy can compute its logits."""
     weight = np.random.default_rng(1).normal(size=(IMAGE_PX**2, num_classes)).astype(np.float32)
 
     def apply(weight, statistics, images, *training):
@@ -576,15 +577,15 @@ def test_several_views_count_by_their_weight_and_certainty(devices):
     )
 
 
-def test_mirrored_views_make_the_answer_blind_to_mirroring():
+def test_mirrored_views_make_the_prediction_invariant_to_mirroring():
     images, labels = make_batch(8)
     network, weight = linear_network(NUM_CLASSES)
     step = make_eval_step(network, mesh_of(4), views=create_tta_views(2, flips=True))
-    answer = step(weight, {}, images, labels)
+    prediction = step(weight, {}, images, labels)
     for mirrored in (images[:, ::-1], images[:, :, ::-1], images[:, ::-1, ::-1]):
-        assert_near(step(weight, {}, mirrored, labels), answer)
+        assert_near(step(weight, {}, mirrored, labels), prediction)
     turned = step(weight, {}, images.swapaxes(1, 2), labels)
-    assert np.abs(turned[0] - answer[0]).max() > 0.1
+    assert np.abs(turned[0] - prediction[0]).max() > 0.1
 
 
 def test_one_view_is_the_image_alone():
@@ -597,32 +598,32 @@ def test_one_view_is_the_image_alone():
     assert_near(seen, alone)
 
 
-def test_a_view_that_tells_nothing_takes_no_part():
+def test_a_view_without_information_has_no_weight():
     sure, flat = np.array([[4.0, 0.0, 1.0]], np.float32), np.zeros((1, 3), np.float32)
     combined = combine_tta(jnp.array(np.stack([sure, flat])), jnp.array([0.5, 0.5]))
     np.testing.assert_allclose(combined, log_softmax(sure, axis=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_unknown_images_are_taught_that_every_class_is_as_likely(devices):
+def test_images_of_a_uniform_target_are_taught_that_every_class_is_as_likely(devices):
     images, labels = make_batch(8)
     network, weight = linear_network(NUM_CLASSES)
-    unknown = np.arange(8) % 3 == 0
+    uniform = np.arange(8) % 3 == 0
 
     def is_uniform(keys):  # by the place of each key, found again on every device
         every = row_keys(3, AUGMENT, jnp.int32(0), 8)
         same = jax.random.key_data(keys)[:, None] == jax.random.key_data(every)[None]
-        return (same.all(axis=-1) & jnp.array(unknown)[None]).any(axis=1)
+        return (same.all(axis=-1) & jnp.array(uniform)[None]).any(axis=1)
 
     optimizer = make_optimizer("sgd", lambda step: 1.0)
-    step = make_train_step(
-        network, optimizer, make_augment(), mesh_of(devices), is_uniform=is_uniform
-    )
+    augment = make_augment(augment_options(default.get_config()))
+    options = StepOptions(is_uniform=is_uniform)
+    step = make_train_step(network, optimizer, augment, mesh_of(devices), options)
     state = create_train_state(jnp.array(weight), {}, optimizer, seed=3)
     _, metrics = step(state, images, labels)
     logits = np.asarray(to_float(images), np.float64).reshape(8, -1) @ weight.astype(np.float64)
     logs = log_softmax(logits, axis=1)
-    losses = np.where(unknown, -logs.mean(axis=1), -logs[np.arange(8), labels])
+    losses = np.where(uniform, -logs.mean(axis=1), -logs[np.arange(8), labels])
     np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)
-    hits = np.where(unknown, np.exp(logs).max(axis=1) < 0.5, logs.argmax(axis=1) == labels)
-    np.testing.assert_allclose(metrics["accuracy"], hits.mean(), rtol=1e-6)
+    correct = np.where(uniform, np.exp(logs).max(axis=1) < 0.5, logs.argmax(axis=1) == labels)
+    np.testing.assert_allclose(metrics["accuracy"], correct.mean(), rtol=1e-6)
