@@ -6,7 +6,7 @@ A stem of stride 1 gives every map twice the side, three quarters of the width. 
 recogniser beside the network 2.04 million parameters, 68 million multiply-adds for one of five
 views. On 2 cores (AMD EPYC or Intel Xeon with AVX-512, float32) 54 min of training; all 240
 training writers: test top-1 97.87, 97.94 and 97.84 %, top-5 99.82, 99.82 and 99.78 % (seeds 0 to
-2). docs/recipes.md has the table.
+2). docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 From `v2_best`, on 2 cores (Intel Xeon with AVX-512, float32) 47 min of training more, seed 0:
 test top-1 97.14 %, and on 3,000 rotated, 3,000 mirrored and 3,000 stretched test images 97.00,
-96.83 and 97.47 %, all 97.10 % (the paper: 85.03 % on 3,755 characters); see docs/recipes.md.
+96.83 and 97.47 %, all 97.10 % (the paper: 85.03 % on 3,755 characters); see docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,3 +1,3 @@
 """High-throughput training of handwritten-Chinese-character recognisers in JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

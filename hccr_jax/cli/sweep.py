@@ -5,12 +5,12 @@ Examples:
   hccr sweep --config=configs/experiments/paper.py --data_dir=DIR --workdir=runs/paper
   hccr sweep --config=configs/experiments/paper.py --only=baseline --seeds=0,1,2
   hccr sweep --config=configs/experiments/paper.py --list
-  hccr sweep --render=docs/paper.md
+  hccr sweep --render=docs/results.md
 
 Each experiment and seed is a run of hccr_jax.main in WORKDIR/NAME-seedSEED, one after the other.
 Those that are finished are passed over, those cut off go on where they were, and one that fails
 does not hold up the others. Each result is a line of the output file; the tables and plots of a
-page are made from such files alone (`hccr_jax/results.py` tells how a page asks for them).
+page are made from such files alone (`hccr_jax/report/experiment_tables.py` says how).
 
 Exit codes: 0 done, 1 an experiment failed, 2 the request was wrong, 130 or 143 stopped by Ctrl-C or
 SIGTERM, the run under way having saved.
