@@ -16,15 +16,16 @@ mkdir -p -- "$2"
 "$python" - "$1" "$2" <<'PYTHON'
 import json, pathlib, shutil, sys
 import onnx
-from hccr_jax import demo
+from hccr_jax.demo.description import describe_for_browser
+from hccr_jax.demo.server import PAGE
 checkpoint, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 model = onnx.load(folder / "model.onnx")
-# Views of an image have fractions of grey.
+# Warped images (test-time augmentation) have fractional grey levels.
 model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 onnx.save(model, folder / "model.onnx")
-text = json.dumps(demo.describe_for_browser(checkpoint), ensure_ascii=False)
+text = json.dumps(describe_for_browser(checkpoint), ensure_ascii=False)
 (folder / "model.json").write_text(text, "utf-8")
-shutil.copy(demo.PAGE, folder / "index.html")
+shutil.copy(PAGE, folder / "index.html")
 (folder / "model.onnx.golden.npz").unlink()
 PYTHON
 

@@ -21,18 +21,18 @@ class Browser:
         self._session = {"sessionId": session["sessionId"]}
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Returns the answer to a method of the protocol; events are passed over."""
+        """Returns the result of a protocol method; events are ignored."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params} | self._session
         os.write(self._sender, json.dumps(message).encode() + b"\0")
         while True:
-            answer = json.loads(self._read())
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
+            reply = json.loads(self._read())
+            if reply.get("id") == self._number:
+                assert "error" not in reply, reply
+                return reply["result"]
 
     def close(self) -> None:
-        """Ends the browser."""
+        """Closes the browser."""
         self._session = {}
         self.call("Browser.close")
         os.close(self._sender)
@@ -47,7 +47,7 @@ class Browser:
         return message
 
     def open(self, url: str, width: int = 1000, height: int = 760, scale: float = 1.0) -> None:
-        """Goes to a page, on a screen of so many CSS pixels."""
+        """Opens a page on a screen of the given size in CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=scale, mobile=width < 600,
@@ -56,15 +56,15 @@ class Browser:
         self.call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
-        """Returns the value of an expression, awaited."""
-        answer = self.call(
+        """Returns the value of an expression, after awaiting it."""
+        reply = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 30) -> Any:
-        """Returns the value of an expression once it is true."""
+        """Returns the value of an expression as soon as it is truthy."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < deadline, f"{expression} stayed {value!r}"
@@ -72,7 +72,7 @@ class Browser:
         return value
 
     def draw(self, strokes: Sequence[Sequence[Sequence[float]]], side: float = 1000.0) -> None:
-        """Draws strokes, in units of which the canvas has `side`, with the mouse."""
+        """Draws strokes with the mouse; `side` is the canvas side in their units."""
         for stroke in strokes:
             points = self._to_page(stroke, side)
             self._mouse("mousePressed", points[0], 1)
@@ -100,19 +100,19 @@ class Browser:
 
 @contextlib.contextmanager
 def browse(chromium: str, folder: Path) -> Iterator[Browser]:
-    """Yields a browser that keeps its files in a folder."""
-    (command_read, command_write), (answer_read, answer_write) = os.pipe(), os.pipe()
+    """Yields a browser whose profile is in a folder."""
+    (command_read, command_write), (reply_read, reply_write) = os.pipe(), os.pipe()
     process = subprocess.Popen(
-        ["bash", "-c", f'exec "$@" 3<&{command_read} 4>&{answer_write}', "_", chromium,
+        ["bash", "-c", f'exec "$@" 3<&{command_read} 4>&{reply_write}', "_", chromium,
          "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={folder}",
          "--lang=en", "about:blank"],
-        pass_fds=(command_read, answer_write), stdin=subprocess.DEVNULL,
+        pass_fds=(command_read, reply_write), stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(command_read)
-    os.close(answer_write)
-    browser = Browser(command_write, answer_read)
+    os.close(reply_write)
+    browser = Browser(command_write, reply_read)
     try:
         yield browser
     finally:

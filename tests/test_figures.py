@@ -127,7 +127,7 @@ def test_200_drawings_are_read(browser: Browser, recognizer: Recognizer) -> None
     for index in range(200):
         character = recognizer.classes[index % len(recognizer.classes)]
         browser.draw(by_hand(character, index))
-        browser.wait_for("!busy && asked == version && candidates.length == 5")
+        browser.wait_for("!busy && requested == version && candidates.length == 5")
         right += browser.evaluate("candidates[0].character") == character
         milliseconds.append(browser.evaluate("time"))
         browser.evaluate("document.getElementById('clear').click()")

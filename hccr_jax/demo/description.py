@@ -1,20 +1,20 @@
-"""What a browser needs to know of a network to run it by itself."""
+"""The description (model.json) of a network that runs in the browser."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# ONNX Runtime, beside a page that recognises by itself.
+# Files of ONNX Runtime in the page's folder.
 RUNTIME, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 STROKES_TYPE = "application/json"
 
 
 def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
-    """Returns model.json of a page that recognises by itself, as launch/build_demo.sh writes it.
+    """Returns the content of model.json for a page that needs no server (launch/build_demo.sh).
 
     Args:
-      checkpoint: folder of a run, or its folder checkpoints.
+      checkpoint: a run's folder, or its folder checkpoints.
 
     Raises:
       InputError: there is no such run.
@@ -23,7 +23,7 @@ def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
     from hccr_jax.inference.recognizer import read_temperature
 
     pretrained = load_pretrained(checkpoint)
-    # The temperature of a run is that of all its answers, and the page has the network alone.
+    # A run's temperature is fitted to the whole ensemble; the exported file is the network alone.
     alone = pretrained.config.model.mqdf_weight == 0.0
     temperature = read_temperature(pretrained) if alone else None
     views = pretrained.network.views
@@ -35,7 +35,7 @@ def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
         "wasm": WASM,
         "classes": list(pretrained.classes),
         "preprocessing": {key: pretrained.config.data[key] for key in NORMAL_FORM},
-        "views": {"maps": maps.tolist(), "weights": weights.tolist()},
+        "tta": {"maps": maps.tolist(), "weights": weights.tolist()},
         "temperature": temperature or 1.0,
         "calibrated": temperature is not None,
     }

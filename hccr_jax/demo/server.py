@@ -1,4 +1,4 @@
-"""The drawing page: an HTTP server for one network, with the standard library alone."""
+"""An HTTP server for the drawing page and one network, built on the standard library."""
 
 import io
 import json
@@ -21,7 +21,7 @@ MAX_STROKES_BYTES = 1 << 19
 MAX_PICTURE_BYTES = 16 << 20
 MAX_DROPPED_BYTES = 64 << 20  # a request that is too large is received up to here, but not kept
 TIMEOUT_SECONDS = 30  # for a request to arrive
-# The page is all there is: nothing may be loaded from elsewhere.
+# The page is self-contained: the browser may load nothing from elsewhere.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data: blob:"
@@ -29,7 +29,7 @@ POLICY = (
 
 
 class _Refused(Exception):
-    """A request that gets no answer; the page has a message for each code."""
+    """A request that is refused; the page has a message for each code."""
 
     def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
         super().__init__(message)
@@ -37,26 +37,26 @@ class _Refused(Exception):
 
 
 def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
-    """Returns a server of the page, bound to its address; `serve_forever` runs it.
+    """Returns a server of the page, bound to its address; call its `serve_forever`.
 
     Args:
       recognizer: a `recognizer.Recognizer`.
       host: the address to listen at.
-      port: of the address; 0 for any that is free.
+      port: to listen at; 0 for any free one.
 
     Raises:
-      OSError: the address cannot be had.
+      OSError: the address is in use or not available.
     """
     return _Server((host, port), recognizer)
 
 
 class _Server(ThreadingHTTPServer):
-    """What its requests share.
+    """The state that requests share.
 
     Attributes:
-      recognizer: for one request at a time, which then has all cores.
-      turn: who has it.
-      files: by path, the type and the bytes.
+      recognizer: used by one request at a time, on all cores.
+      lock: held while the recognizer runs.
+      files: content type and bytes by path.
     """
 
     daemon_threads = True
@@ -64,7 +64,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], recognizer: Any) -> None:
         super().__init__(address, _Handler)
         self.recognizer = recognizer
-        self.turn = threading.Lock()
+        self.lock = threading.Lock()
         model = {
             "mode": "server",
             "characters": len(recognizer.classes),
@@ -77,13 +77,13 @@ class _Server(ThreadingHTTPServer):
         }
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A browser that goes away in the middle is no error.
+        # A browser that disconnects is not an error.
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request."""
+    """Handles one request."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.server.files:
             self._send(HTTPStatus.OK, *self.server.files[path])
         else:
-            self._refuse(_Refused(HTTPStatus.NOT_FOUND, "not_found", f"{path}: nothing is here"))
+            self._refuse(_Refused(HTTPStatus.NOT_FOUND, "not_found", f"{path}: not found"))
 
     do_HEAD = do_GET
 
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = time.perf_counter()
         try:
             form = self._read_form()
-            with self.server.turn:
+            with self.server.lock:
                 (candidates,) = self.server.recognizer.classify(form[None])
         except _Refused as refused:
             self._refuse(refused)
@@ -113,11 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, {"candidates": described, "milliseconds": taken})
 
     def _read_form(self) -> np.ndarray:
-        """Returns what was sent in normal form."""
+        """Returns the normalised image of the request's body."""
         is_drawing = self.headers.get_content_type() == STROKES_TYPE
         data = self._read_body(MAX_STROKES_BYTES if is_drawing else MAX_PICTURE_BYTES)
         if self.path != "/recognize":
-            raise _Refused(HTTPStatus.NOT_FOUND, "not_found", f"{self.path}: nothing is here")
+            raise _Refused(HTTPStatus.NOT_FOUND, "not_found", f"{self.path}: not found")
         return self.server.recognizer.to_normal_form(
             _draw(data) if is_drawing else _to_bitmap(data)
         )
@@ -129,21 +129,21 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "no_length", "Content-Length is missing")
         if int(length) > most:
             self.close_connection = True
-            # Many a client listens only once it has sent all.
+            # Many clients read the response only after sending the whole body.
             left = int(length) if int(length) <= MAX_DROPPED_BYTES else 0
             while left and (data := self.rfile.read(min(left, 1 << 16))):
                 left -= len(data)
             raise _Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large",
-                f"{int(length):,} bytes: at most {most:,} are read",
+                f"{int(length):,} bytes: the limit is {most:,}",
             )  # fmt: skip
         return self.rfile.read(int(length))
 
     def _refuse(self, refused: _Refused) -> None:
         self._send_json(refused.status, {"error": {"code": refused.code, "message": str(refused)}})
 
-    def _send_json(self, status: HTTPStatus, answer: dict[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(answer, ensure_ascii=False).encode())
+    def _send_json(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(content, ensure_ascii=False).encode())
 
     def _send(self, status: HTTPStatus, kind: str, data: bytes) -> None:
         self.send_response(status)
@@ -159,11 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: a request is no event."""
+        """Does nothing: requests are not logged."""
 
 
 def _draw(data: bytes) -> np.ndarray:
-    """Returns the bitmap of strokes in JSON."""
+    """Returns the bitmap of strokes given as JSON."""
     try:
         drawn = strokes.parse_strokes(json.loads(data))
     except InputError as error:
@@ -176,7 +176,7 @@ def _draw(data: bytes) -> np.ndarray:
 
 
 def _to_bitmap(data: bytes) -> np.ndarray:
-    """Returns the bitmap of a picture's bytes."""
+    """Returns the bitmap of a picture file."""
     try:
         grey, record, _ = next(files.read_pictures(io.BytesIO(data), "picture"))
         if record is not None:

@@ -1,4 +1,4 @@
-"""Writes golden_drawings.json: strokes, and their normal form as Python makes it."""
+"""Writes golden_drawings.json: strokes, and the normalised images that Python makes of them."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hccr_jax.data.casia import charset
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images import normalize, strokes
 from hccr_jax.data.synthetic import medians
 
 PATH = Path(__file__).parent / "golden_drawings.json"
@@ -16,8 +16,8 @@ FORMS = ((64, 4, "keep"), (64, 4, "adaptive"), (32, 2, "adaptive"))
 
 def character_strokes(character: str, unit: float = 800.0) -> list[list[list[float]]]:
     """Returns a character as the page sends it."""
-    strokes = medians.class_strokes(charset.class_index()[character])
-    return [np.round((stroke.astype(float) + 0.5) * unit, 1).tolist() for stroke in strokes]
+    paths = medians.class_strokes(charset.class_index()[character])
+    return [np.round((path.astype(float) + 0.5) * unit, 1).tolist() for path in paths]
 
 
 DRAWINGS = [
@@ -29,14 +29,14 @@ DRAWINGS = [
 
 
 def golden() -> list[dict]:
-    """Returns each drawing in each form; the bytes of an image in base 64."""
+    """Returns each drawing with its normalised image, whose bytes are in base 64."""
     rows = []
-    for index, strokes in enumerate(DRAWINGS):
+    for index, drawing in enumerate(DRAWINGS):
         form = FORMS[index % len(FORMS)]
-        bitmap = strokes.rasterize(strokes.parse_strokes(strokes))
+        bitmap = strokes.rasterize(strokes.parse_strokes(drawing))
         image = normalize.normalize(bitmap, *form)
         data = base64.b64encode(image.tobytes()).decode()
-        rows.append({"strokes": strokes, "form": form, "image": data})
+        rows.append({"strokes": drawing, "form": form, "image": data})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The page is served, what is drawn is recognised, wrong input is told, and JavaScript agrees."""
+"""The page is served, drawings are recognised, wrong input is reported, JavaScript agrees."""
 
 import base64
 import http.client
@@ -63,16 +63,16 @@ def request(
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, named)
     response = connection.getresponse()
-    answer = response.status, response.headers.get_content_type(), response.read()
+    result = response.status, response.headers.get_content_type(), response.read()
     connection.close()
-    return answer
+    return result
 
 
 def post(address: tuple[str, int], body: bytes, kind: str, **headers: str) -> tuple[int, dict]:
-    status, answered, data = request(
+    status, returned, data = request(
         address, "POST", "/recognize", body, Content_Type=kind, **headers
     )
-    assert answered == "application/json"
+    assert returned == "application/json"
     return status, json.loads(data)
 
 
@@ -99,33 +99,33 @@ def test_texts_are_in_both_languages():
     assert {"empty", "bad_picture", "too_large", "bad_strokes"} <= set(keys[0])
 
 
-def test_a_page_in_the_browser_knows_what_python_does(finished: Path, recognizer: Recognizer):
+def test_description_for_the_browser_matches_the_recognizer(finished: Path, recognizer: Recognizer):
     model = json.loads(json.dumps(description.describe_for_browser(finished)))
     assert model["classes"] == list(recognizer.classes)
     assert model["temperature"] == recognizer.temperature
     assert model["preprocessing"] == {"image_px": 32, "margin_px": 2, "aspect": "keep"}
-    assert model["views"] == {"maps": [[[1.0, 0.0], [0.0, 1.0]]], "weights": [1.0]}
+    assert model["tta"] == {"maps": [[[1.0, 0.0], [0.0, 1.0]]], "weights": [1.0]}
     launcher = (Path(__file__).parents[2] / "launch" / "build_demo.sh").read_text("utf-8")
     assert model["runtime"] in launcher
     assert model["wasm"] in launcher
 
 
 def test_strokes_are_recognised_in_normal_form(address: tuple[str, int], recognizer: Recognizer):
-    strokes = character_strokes("万")
-    status, answer = post(address, json.dumps(strokes).encode(), "application/json")
-    bitmap = strokes.rasterize(strokes.parse_strokes(strokes))
+    drawing = character_strokes("万")
+    status, content = post(address, json.dumps(drawing).encode(), "application/json")
+    bitmap = strokes.rasterize(strokes.parse_strokes(drawing))
     expected = recognizer.classify(recognizer.to_normal_form(bitmap)[None])[0]
     assert status == 200
-    assert answer["candidates"] == [candidate._asdict() for candidate in expected]
+    assert content["candidates"] == [candidate._asdict() for candidate in expected]
     assert len(expected) == 5
-    assert answer["milliseconds"] > 0
+    assert content["milliseconds"] > 0
 
 
 def test_pictures_are_recognised_as_by_predict(address: tuple[str, int], recognizer: Recognizer):
     grey = np.pad(draw("上", create_writer(3), np.random.default_rng(3)), 20, constant_values=255)
-    status, answer = post(address, png(grey), "image/png")
+    status, content = post(address, png(grey), "image/png")
     expected = [candidate._asdict() for candidate in recognizer(grey)]
-    assert (status, answer["candidates"]) == (200, expected)
+    assert (status, content["candidates"]) == (200, expected)
 
 
 MANY = [[[0, 0]] * (strokes.MAX_POINTS + 1)]
@@ -152,7 +152,7 @@ JSON = "application/json"
         (b"", "image/png", 415, "bad_picture"),
     ],
 )
-def test_wrong_input_is_told(
+def test_wrong_input_is_reported(
     address: tuple[str, int],
     capfd: pytest.CaptureFixture[str],
     body: bytes,
@@ -160,9 +160,9 @@ def test_wrong_input_is_told(
     status: int,
     code: str,
 ):
-    answered, answer = post(address, body, kind)
-    assert (answered, answer["error"]["code"]) == (status, code)
-    assert "\n" not in answer["error"]["message"]
+    got, content = post(address, body, kind)
+    assert (got, content["error"]["code"]) == (status, code)
+    assert "\n" not in content["error"]["message"]
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -170,16 +170,16 @@ def test_wrong_input_is_told(
     ("kind", "length"),
     [(JSON, server.MAX_STROKES_BYTES + 1), ("image/png", server.MAX_PICTURE_BYTES + 1)],
 )
-def test_too_large_a_body_is_told(address: tuple[str, int], kind: str, length: int):
-    status, answer = post(address, bytes(length), kind)
-    assert (status, answer["error"]["code"]) == (413, "too_large")
+def test_too_large_a_body_is_reported(address: tuple[str, int], kind: str, length: int):
+    status, content = post(address, bytes(length), kind)
+    assert (status, content["error"]["code"]) == (413, "too_large")
 
 
 @pytest.mark.parametrize("kind", [JSON, "image/jpeg"])
 def test_a_huge_body_is_not_read(address: tuple[str, int], kind: str):
     for length, expected in (("999999999", (413, "too_large")), ("many", (411, "no_length"))):
-        status, answer = post(address, b"", kind, Content_Length=length)
-        assert (status, answer["error"]["code"]) == expected
+        status, content = post(address, b"", kind, Content_Length=length)
+        assert (status, content["error"]["code"]) == expected
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -191,7 +191,7 @@ def test_the_unit_and_place_of_a_drawing_do_not_matter(scale: float):
 
 
 def test_drawn_lines_are_as_those_of_casia():
-    """As wide and dark, beside the character's size, as the simulated writers that match it."""
+    """As wide and dark, relative to the character's size, as simulated writers, which match it."""
     shares, greys = [], []
     for seed in range(30):
         bitmap = draw("永", create_writer(seed), np.random.default_rng(seed))
@@ -238,7 +238,7 @@ def test_javascript_draws_the_golden_drawings():
 
 
 @needs_node
-def test_javascript_sees_and_combines_views_as_python_does():
+def test_javascript_augments_at_test_time_as_python_does():
     views = create_tta_views(5, flips=True)
     form = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
     maps = jnp.asarray(views.maps)
@@ -250,13 +250,13 @@ def test_javascript_sees_and_combines_views_as_python_does():
 
     logits = np.random.default_rng(1).normal(0, 3, (len(maps), 1, 7)).astype(np.float32)
     expected = np.asarray(combine_tta(jnp.asarray(logits), jnp.asarray(views.weights)))[0]
-    program = "return combineViews(input.logits, input.weights);"
+    program = "return combineTta(input.logits, input.weights);"
     values = {"logits": logits[:, 0].tolist(), "weights": views.weights.tolist()}
     np.testing.assert_allclose(run_in_node(program, values), expected, atol=1e-5)
 
 
 def forms_in_node(pictures: list[np.ndarray], recognizer: Recognizer) -> list[list[int] | None]:
-    """Returns what the page makes of pictures: normal forms, or None where it finds no ink."""
+    """Returns the page's normalised images of pictures; None where it finds no ink."""
     program = f"""return input.map(({{ width, height, data }}) => {{
       const bitmap = pictureToBitmap({{ width, height, data: Uint8Array.from(data) }});
       return bitmap && Array.from(normalForm(bitmap, ...{json.dumps(recognizer.form)}));
@@ -307,8 +307,8 @@ def test_the_page_and_python_agree_on_500_scans(casia_dir: Path, recognizer: Rec
         [c.character for c in one] == [c.character for c in other]
         for one, other in zip(page, python, strict=True)
     ]
-    # This network has learnt next to nothing: one shade of grey may change the order of candidates
-    # that are as good as equal. tests/test_figures.py asks a trained one for all 500.
+    # This network is barely trained: one grey level may change the order of candidates with nearly
+    # equal probabilities. tests/test_figures.py demands all 500 of a trained one.
     assert sum(same) >= 490
 
 
@@ -316,7 +316,7 @@ def test_the_page_and_python_agree_on_500_scans(casia_dir: Path, recognizer: Rec
 def test_the_page_in_a_browser(
     address: tuple[str, int], recognizer: Recognizer, tmp_path: Path
 ) -> None:
-    strokes = character_strokes("万", unit=1000.0)
+    drawing = character_strokes("万", unit=1000.0)
     with browse(CHROMIUM, tmp_path) as browser:
         browser.open(f"http://{address[0]}:{address[1]}/", width=390, height=800, scale=3.0)
         browser.wait_for("document.readyState == 'complete' && window.canvas && model !== null")
@@ -324,13 +324,13 @@ def test_the_page_in_a_browser(
         assert "Write a Chinese character" in browser.evaluate(text)
         assert "Nothing is written yet." in browser.evaluate(text)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
-        assert browser.evaluate("canvas.width == Math.round(3 * normalize.clientWidth)")
+        assert browser.evaluate("canvas.width == Math.round(3 * canvas.clientWidth)")
 
-        browser.draw(strokes)
-        browser.wait_for("!busy && asked == version && candidates.length == 5")
+        browser.draw(drawing)
+        browser.wait_for("!busy && requested == version && candidates.length == 5")
         drawn = browser.evaluate("strokes")
-        assert len(drawn) == len(strokes)
-        for got, sent in zip(drawn, strokes, strict=True):
+        assert len(drawn) == len(drawing)
+        for got, sent in zip(drawn, drawing, strict=True):
             np.testing.assert_allclose([got[0], got[-1]], [sent[0], sent[-1]], atol=3.0)
         bitmap = strokes.rasterize(strokes.parse_strokes(drawn))
         expected = recognizer.classify(recognizer.to_normal_form(bitmap)[None])[0]
@@ -338,10 +338,10 @@ def test_the_page_in_a_browser(
         shown = browser.evaluate("[...document.querySelectorAll('#results b')].map(b=>b.innerText)")
         assert shown == [c.character for c in expected]
         assert browser.evaluate("document.getElementById('spoken').innerText").startswith(shown[0])
-        assert "Answered in" in browser.evaluate(text)
+        assert "Recognised in" in browser.evaluate(text)
 
         browser.evaluate("document.getElementById('undo').click()")
-        assert browser.evaluate("strokes.length") == len(strokes) - 1
+        assert browser.evaluate("strokes.length") == len(drawing) - 1
         browser.evaluate("document.getElementById('language').click()")
         assert "手写一个汉字" in browser.evaluate(text)
         browser.evaluate("dispatchEvent(new KeyboardEvent('keydown', {key: 'c'}))")
@@ -363,8 +363,8 @@ def test_the_command_serves_until_it_is_interrupted(finished: Path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     try:
-        said = process.stdout.readline()
-        found = re.fullmatch(r"draw at http://127\.0\.0\.1:(\d+)/\n", said)
+        line = process.stdout.readline()
+        found = re.fullmatch(r"draw at http://127\.0\.0\.1:(\d+)/\n", line)
         assert found, process.communicate()
         assert request(("127.0.0.1", int(found[1])), "GET", "/")[0] == 200
         process.send_signal(signal.SIGINT)
@@ -384,7 +384,7 @@ def test_the_command_serves_until_it_is_interrupted(finished: Path):
         (["x"], "unexpected argument 'x'"),
     ],
 )
-def test_a_wrong_request_is_told_in_one_line(
+def test_wrong_request_is_reported_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert serve.main(["demo", *arguments]) == 2
@@ -394,7 +394,7 @@ def test_a_wrong_request_is_told_in_one_line(
     assert err.count("\n") == 1
 
 
-def test_an_address_in_use_is_told(
+def test_address_in_use_is_reported(
     finished: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]
 ):
     assert serve.main(["demo", f"--checkpoint={finished}", f"--port={address[1]}"]) == 1
