@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from hccr_jax.configs import default
 from hccr_jax.errors import InputError
+from hccr_jax.models import registry
 from hccr_jax.runtime.workdir import replace_text
 
 
@@ -47,20 +48,6 @@ _SHARE = Rule(float, 0, 1)
 _COUNT = Rule(int, 1)
 _TINY = 1e-12
 
-_MOBILENET = ("width", "stem_stride", "first_stride", "dropout_rate", "batch_norm_epsilon")
-# What each network takes of `config.model`. For one that does not take an option, the config must
-# leave it at its default.
-MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
-    "mobilenet_v1": _MOBILENET,
-    "mobilenet_v2": (*_MOBILENET, "head_channels"),
-    "lenet5": (),
-    "alexnet": ("stem_stride", "dropout_rate"),
-    "resnet18": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
-    "resnet34": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
-    "resnet50": ("stem_stride", "dropout_rate", "batch_norm_epsilon"),
-    "mqdf": ("lda_dims", "eigenvectors", "minor_variance"),
-}
-
 RULES: dict[str, Rule] = {
     "seed": Rule(int, 0, 2**31 - 1),
     "num_steps": Rule(int, 0),
@@ -74,7 +61,7 @@ RULES: dict[str, Rule] = {
     "skip_non_finite": Rule(bool),
     "strict_determinism": Rule(bool),
     "reduce_dtype": Rule(str, words=("float32", "bfloat16")),
-    "model.name": Rule(str, words=tuple(MODEL_OPTIONS)),
+    "model.name": Rule(str, words=tuple(registry.MODELS)),
     "model.width": Rule(float, 0.05, 8),
     "model.stem_stride": Rule(int, 1, 2),
     "model.first_stride": Rule(int, 1, 2),
@@ -316,17 +303,17 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     Raises:
       InputError: names a key that was set and that the network does not have.
     """
-    model = config.model
-    taken = MODEL_OPTIONS[model.name]
-    known = taken if model.name == "mqdf" else (*taken, "mqdf_weight")
-    options = {option for names in MODEL_OPTIONS.values() for option in names} | {"mqdf_weight"}
+    model, own = config.model, registry.network_options(config.model.name)
+    options = {option for name in registry.MODELS for option in registry.network_options(name)}
+    if model.name == "mqdf":
+        options.add("mqdf_weight")
     for key, initial in default.get_config().model.items():
-        if key in options and key not in known and model[key] != initial:
+        if key in options and key not in own and model[key] != initial:
             raise InputError(
                 f"config.model.{key}={model[key]!r}: {model.name} has no such option; leave it at "
                 f"{initial!r}"
             )
-    return {key: model[key] for key in taken}
+    return {key: model[key] for key in own}
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hccr_jax.bench.timing import Run, measure, repeated
-from hccr_jax.models.layers import count_costs
+from hccr_jax.models.costs import count_costs
 from hccr_jax.ops import dispatch
 from hccr_jax.ops.depthwise_block import depthwise_block_train
 from hccr_jax.runtime.worker_pool import cpu_count

@@ -50,7 +50,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hccr_jax.bench.timing import measure, repeated
-from hccr_jax.models.layers import count_costs
+from hccr_jax.models.costs import count_costs
 from hccr_jax.runtime import sharding
 
 # Reads and writes of a layer's (input, output) in training, as in the table above.

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hccr_jax.configs import default
 from hccr_jax.errors import InputError
 from hccr_jax.models.blocks import scaled_channels
 from hccr_jax.models.mobilenet_v1 import BLOCKS
-from hccr_jax.models.mobilenet_v2 import HEAD_CHANNELS, STAGES
+from hccr_jax.models.mobilenet_v2 import STAGES
 from hccr_jax.runtime.worker_pool import cpu_count
 from hccr_jax.train.augment import make_augment as make_ours
 
@@ -75,7 +76,7 @@ def create_network(name: str, num_classes: int, width: float, dropout_rate: floa
                 stride = first_stride if index == 0 else 1
                 layers.append(_InvertedResidual(current, following, stride, expansion))
                 current = following
-        head = scaled_channels(HEAD_CHANNELS, max(1.0, width))
+        head = scaled_channels(default.get_config().model.head_channels, max(1.0, width))
         layers.append(_conv_norm(current, head, 1))
         current = head
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout_rate)]

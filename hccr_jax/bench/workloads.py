@@ -23,7 +23,7 @@ from hccr_jax.data.splits import Split
 from hccr_jax.evaluation.evaluate import evaluate
 from hccr_jax.inference.network import compute_dtype, create_module, create_network
 from hccr_jax.inference.steps import to_float
-from hccr_jax.models.registry import count_parameters
+from hccr_jax.models.functional import count_parameters
 from hccr_jax.runtime import run_log, sharding
 from hccr_jax.runtime.checkpoints import Checkpoints
 from hccr_jax.runtime.rng import AUGMENT, row_keys

@@ -32,8 +32,8 @@ from flax import nnx
 from hccr_jax.cli import command
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import create_module
-from hccr_jax.models.layers import Conv, Cost, DepthwiseConv, recording
-from hccr_jax.models.registry import named_costs
+from hccr_jax.models.costs import Cost, named_costs, recording
+from hccr_jax.models.layers import Conv, DepthwiseConv
 from hccr_jax.report.markdown import to_table
 from hccr_jax.runtime.startup import prepare_process
 
@@ -89,7 +89,7 @@ def find_pairs(costs: Sequence[tuple[str, Cost]]) -> list[Pair]:
     """Returns the depthwise-separable pairs of a network.
 
     Args:
-      costs: its layers, from `registry.named_costs`.
+      costs: its layers, from `costs.named_costs`.
     """
     pairs = []
     layers = [cost for _, cost in costs]

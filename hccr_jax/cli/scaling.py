@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from hccr_jax.cli import command
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import create_module
-from hccr_jax.models.registry import split_model
+from hccr_jax.models.functional import split_model
 from hccr_jax.report.markdown import to_table
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.startup import prepare_process

@@ -19,7 +19,7 @@ from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
 from hccr_jax.inference.rejector import REJECTOR, to_traits
 from hccr_jax.inference.steps import make_logits_step
 from hccr_jax.metrics import calibration, ranking
-from hccr_jax.models.registry import expose_features
+from hccr_jax.models.functional import expose_features
 from hccr_jax.report import image_grids, plots, run_report
 from hccr_jax.runtime import distributed, run_log
 from hccr_jax.runtime.checkpoints import check_classes

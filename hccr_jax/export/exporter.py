@@ -24,7 +24,7 @@ from hccr_jax.export.graph import fold
 from hccr_jax.inference.network import create_module
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
 from hccr_jax.inference.steps import to_float
-from hccr_jax.models.registry import split_model
+from hccr_jax.models.functional import split_model
 from hccr_jax.runtime.checkpoints import check_classes
 
 # The dtypes, the optional packages and their extra, of each format.

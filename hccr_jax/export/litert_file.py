@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hccr_jax.export.graph import INPUT, Layer
+from hccr_jax.models.folding import INPUT, Layer
 
 SIGNATURE = "serving_default"
 PRODUCER = "hccr_jax"
@@ -35,7 +35,7 @@ def write(
 
     Args:
       path: of the file.
-      layers: from `folded.fold`.
+      layers: from `graph.fold`.
       image_px: side S of the images.
       description: JSON object, in the metadata "hccr_jax".
       dtype: of the weights: "float32", "float16", or "int8" with a scale for each of their output

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hccr_jax.export.graph import INPUT, RELU6_LIMIT, Layer
+from hccr_jax.export.graph import RELU6_LIMIT
+from hccr_jax.models.folding import INPUT, Layer
 
 OPSET, IR_VERSION = 17, 8  # of 2022: runtimes on phones lag behind
 KEY = "hccr_jax"  # of the description among the file's properties
@@ -33,7 +34,7 @@ def write(
 
     Args:
       path: of the file.
-      layers: from `folded.fold`.
+      layers: from `graph.fold`.
       image_px: side S of the images.
       description: JSON object, kept in the file's properties.
       dtype: of weights and arithmetic: "float32", "float16" or "int8".

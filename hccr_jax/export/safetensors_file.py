@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hccr_jax.export.graph import Layer, run, softmax
+from hccr_jax.export.graph import run, softmax
+from hccr_jax.models.folding import Layer
 
 ARRAYS = ("weight", "bias")
 
@@ -20,8 +21,8 @@ def write(
 
     Args:
       path: of the file.
-      layers: from `folded.fold`; they become tensors LAYER.weight and LAYER.bias, and in the
-        metadata "layers", a JSON list of `folded.Layer`.
+      layers: from `graph.fold`; they become tensors LAYER.weight and LAYER.bias, and in the
+        metadata "layers", a JSON list of `folding.Layer`.
       description: JSON object, in the metadata "hccr_jax".
       dtype: of the weights: "float32" or "float16".
     """

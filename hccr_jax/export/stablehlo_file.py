@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from hccr_jax.export.graph import Layer, run
+from hccr_jax.export.graph import run
+from hccr_jax.models.folding import Layer
 from hccr_jax.ops.depthwise import grouped_conv, shifted_sum
 
 PLATFORMS = ("cpu", "cuda")
@@ -25,7 +26,7 @@ def write(path: Path, layers: Sequence[Layer], image_px: int, dtype: str = "floa
 
     Args:
       path: of the file.
-      layers: from `folded.fold`.
+      layers: from `graph.fold`.
       image_px: side S of the images.
       dtype: of weights and arithmetic: "float32" or "float16".
     """

@@ -13,14 +13,9 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax.inference.steps import make_eval_step
 from hccr_jax.inference.tta import TtaViews, create_tta_views
-from hccr_jax.models.registry import (
-    Apply,
-    count_parameters,
-    create_model,
-    ensemble_with_mqdf,
-    split_model,
-    summarize,
-)
+from hccr_jax.models.costs import summarize
+from hccr_jax.models.functional import Apply, count_parameters, ensemble_with_mqdf, split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.rng import INIT, stream_key
 
@@ -33,7 +28,7 @@ class Network:
       mesh: of all devices.
       apply: the network as a pure function.
       eval_step: from `train_step.make_eval_step`.
-      params, batch_stats: initial, on every device; see `registry.ensemble_with_mqdf`.
+      params, batch_stats: initial, on every device; see `functional.ensemble_with_mqdf`.
       summary: its layers, as a table.
       multiply_adds: of one view of one image.
       eval_batch_size: images of a batch in an evaluation, fewer the more views each has.

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network, create_network
-from hccr_jax.models.registry import without_mqdf
+from hccr_jax.models.functional import without_mqdf
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints
 

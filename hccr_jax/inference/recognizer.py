@@ -22,7 +22,7 @@ from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrain
 from hccr_jax.inference.rejector import REJECTOR, Rejector, to_traits
 from hccr_jax.inference.steps import make_logits_step
 from hccr_jax.metrics import calibration
-from hccr_jax.models.registry import expose_features
+from hccr_jax.models.functional import expose_features
 from hccr_jax.runtime import sharding
 
 BATCHES = (1, 8, 64)  # images on each device: one compiled program each, and no others

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax.inference.tta import TtaViews
-from hccr_jax.models.registry import Apply
+from hccr_jax.models.functional import Apply
 from hccr_jax.ops import cross_entropy
 from hccr_jax.ops.warp import warp
 from hccr_jax.runtime.sharding import DATA_AXIS
@@ -63,7 +63,7 @@ def make_logits_step(
     Args:
       apply, mesh, views: as for `make_eval_step`.
       with_features: give the features as well; the parameters are those of
-        `registry.expose_features`.
+        `functional.expose_features`.
 
     Returns:
       step(params, batch_stats, images uint8 (B, S, S)) -> (logits float32 (B, K),) or (logits,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hccr_jax.errors import InputError
+from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Conv, Dense, MaxPool, he_uniform
 
 # (output channels, side of the filter, max pooling behind it) of the five convolutions.
@@ -39,8 +40,8 @@ class AlexNet(nnx.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, image_px: int = 64, stem_stride: int = 2,
-        dropout_rate: float = 0.0, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        self, *, num_classes: int, channels: int, image_px: int, stem_stride: int,
+        dropout_rate: float, dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"initial": he_uniform, "dtype": dtype, "rngs": rngs}
         convolutions = []
@@ -78,3 +79,14 @@ class AlexNet(nnx.Module):
         x = jax.nn.relu(self.hidden1(x.reshape(len(x), -1)))
         x = jax.nn.relu(self.hidden2(x, train, keys1))
         return self.classifier(x, train, keys2)
+
+    def fold(self, folding: Folding) -> None:
+        """Adds the network's layers, for export."""
+        x = INPUT
+        for conv, (_, _, pooled) in zip(self.convolutions, CONVOLUTIONS, strict=True):
+            x = folding.conv(x, conv, "relu")
+            x = folding.unweighted("max_pool", x) if pooled else x
+        x = folding.unweighted("flatten", x)
+        for hidden in (self.hidden1, self.hidden2):
+            x = folding.dense(x, hidden, "relu")
+        folding.dense(x, self.classifier)

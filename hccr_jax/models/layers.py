@@ -6,12 +6,9 @@ running averages are the training step's work (`train_step.average_statistics`),
 stands in one place.
 """
 
-import contextlib
-import contextvars
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from hccr_jax.models.costs import record_cost
 from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
 from hccr_jax.ops.depthwise import depthwise_conv
 from hccr_jax.ops.pointwise import pointwise_conv
@@ -60,53 +58,6 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], limit: float) -> jax.Array:
 
 def _filled(size: int, value: float) -> jax.Array:
     return jax.device_put(np.full(size, value, np.float32))  # compiles nothing, as above
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one layer does to one image: output (H, W, C), weights, and multiply-adds."""
-
-    layer: nnx.Module
-    kind: str
-    output: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
-
-
-_recorder: contextvars.ContextVar[list[Cost] | None] = contextvars.ContextVar(
-    "recorder", default=None
-)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Cost]]:
-    """Collects the cost of every layer called inside the `with` block, in order of the calls."""
-    costs: list[Cost] = []
-    token = _recorder.set(costs)
-    try:
-        yield costs
-    finally:
-        _recorder.reset(token)
-
-
-def count_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[Cost]:
-    """Returns the cost of every layer of a network for one image, computing nothing.
-
-    Args:
-      model: a network, called as above.
-      image_px, channels: of the image.
-    """
-    with recording() as costs:
-        jax.eval_shape(model, jax.ShapeDtypeStruct((1, image_px, image_px, channels), jnp.float32))
-    return costs
-
-
-def record_cost(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
-    """Tells a `recording` what a layer cost; y is its output (B, ...)."""
-    costs = _recorder.get()
-    if costs is not None:
-        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(layer, nnx.Param)))
-        costs.append(Cost(layer, kind, y.shape[1:], parameters, multiply_adds))
 
 
 class Conv(nnx.Module):

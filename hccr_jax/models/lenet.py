@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import AveragePool, Conv, Dense
 
 
@@ -27,9 +28,8 @@ class LeNet5(nnx.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, image_px: int = 64,
-        dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self, *, num_classes: int, channels: int, image_px: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
         self.conv1 = Conv(channels, 6, 5, padding=0, bias=True, dtype=dtype, rngs=rngs)
         self.conv3 = Conv(6, 16, 5, padding=0, bias=True, dtype=dtype, rngs=rngs)
         self.pool = AveragePool()
@@ -47,3 +47,13 @@ class LeNet5(nnx.Module):
         x = self.pool(jnp.tanh(self.conv3(x)))
         x = jnp.tanh(self.conv5(x.reshape(len(x), -1)))
         return self.classifier(jnp.tanh(self.hidden6(x)))
+
+    def fold(self, folding: Folding) -> None:
+        """Adds the network's layers, for export."""
+        x = INPUT
+        for conv in (self.conv1, self.conv3):
+            x = folding.unweighted("average_pool", folding.conv(x, conv, "tanh"))
+        x = folding.unweighted("flatten", x)
+        for hidden in (self.conv5, self.hidden6):
+            x = folding.dense(x, hidden, "tanh")
+        folding.dense(x, self.classifier)

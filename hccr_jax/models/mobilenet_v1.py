@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hccr_jax.models.blocks import DepthwiseSeparable, scaled_channels
+from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
 # (output channels, stride) of the 13 blocks. Table 1 of the paper misprints three rows (the 128→256
@@ -36,9 +37,9 @@ class MobileNetV1(nnx.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        first_stride: int = 2, dropout_rate: float = 0.0, batch_norm_epsilon: float = 1e-3,
-        dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        self, *, num_classes: int, channels: int, width: float, stem_stride: int,
+        first_stride: int, dropout_rate: float, batch_norm_epsilon: float, dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
@@ -62,3 +63,11 @@ class MobileNetV1(nnx.Module):
             x, before = block(x, before, train, axis_name), block.pointwise
         x = before(x, train, axis_name)
         return self.classifier(x, train, dropout_keys)
+
+    def fold(self, folding: Folding) -> None:
+        """Adds the network's layers, for export."""
+        x = folding.conv(INPUT, self.stem)
+        for block in self.blocks:
+            x = folding.depthwise(x, block.depthwise, block.norm)
+            x = folding.conv(x, block.pointwise)
+        folding.classifier(x, self.classifier)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hccr_jax.models.blocks import InvertedResidual, scaled_channels
+from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
 # (expansion, output channels, repeats, stride of the first) of each row of Table 3.
@@ -15,7 +16,6 @@ STAGES = (
     (6, 320, 1, 1),
 )  # fmt: skip
 FIRST_STRIDED = 1
-HEAD_CHANNELS = 1280
 
 
 class MobileNetV2(nnx.Module):
@@ -38,9 +38,9 @@ class MobileNetV2(nnx.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, width: float = 1.0, stem_stride: int = 2,
-        first_stride: int = 2, head_channels: int = HEAD_CHANNELS, dropout_rate: float = 0.0,
-        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        self, *, num_classes: int, channels: int, width: float, stem_stride: int,
+        first_stride: int, head_channels: int, dropout_rate: float, batch_norm_epsilon: float,
+        dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = scaled_channels(32, width)
@@ -69,3 +69,13 @@ class MobileNetV2(nnx.Module):
         for block in others:
             x = block(x, train, axis_name)
         return self.classifier(self.head(x, train, axis_name), train, dropout_keys)
+
+    def fold(self, folding: Folding) -> None:
+        """Adds the network's layers, for export."""
+        x = folding.conv(INPUT, self.stem)
+        for block in self.blocks:
+            y = folding.conv(x, block.expand) if block.expand else x
+            y = folding.depthwise(y, block.depthwise, block.norm)
+            y = folding.conv(y, block.project)
+            x = folding.unweighted("add", y, x) if block.shortcut else y
+        folding.classifier(folding.conv(x, self.head), self.classifier)

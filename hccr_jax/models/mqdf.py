@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hccr_jax.models.costs import record_cost
 from hccr_jax.models.gradient_features import (
     DIRECTIONS,
     GRID,
@@ -23,7 +24,6 @@ from hccr_jax.models.gradient_features import (
     equalize_density,
     gradient_features,
 )
-from hccr_jax.models.layers import record_cost
 
 
 def extract_features(images: jax.Array) -> jax.Array:
@@ -102,17 +102,14 @@ class MQDF(nnx.Module):
 
     Args:
       num_classes: K.
-      channels: of the images.
       lda_dims: discriminants to keep, at most K − 1.
       eigenvectors: of each class.
       minor_variance: δ, in units of the mean variance within the classes.
-      rngs: not used.
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 1, lda_dims: int = 160, eigenvectors: int = 50,
-        minor_variance: float = 0.65, *, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self, *, num_classes: int, lda_dims: int, eigenvectors: int, minor_variance: float
+    ) -> None:
         dims = min(lda_dims, num_classes - 1, NUM_FEATURES)
         self.features = GradientFeatures()
         self.lda = Projection(NUM_FEATURES, dims)

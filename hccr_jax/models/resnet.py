@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm, MaxPool
 
 STAGE_CHANNELS = (64, 128, 256, 512)
@@ -79,9 +80,9 @@ class ResNet(nnx.Module):
     """
 
     def __init__(
-        self, block: type[BasicBlock | Bottleneck], repeats: tuple[int, ...], num_classes: int,
-        channels: int = 1, stem_stride: int = 2, dropout_rate: float = 0.0,
-        batch_norm_epsilon: float = 1e-3, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs,
+        self, block: type[BasicBlock | Bottleneck], repeats: tuple[int, ...], *,
+        num_classes: int, channels: int, stem_stride: int, dropout_rate: float,
+        batch_norm_epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {"epsilon": batch_norm_epsilon, "dtype": dtype, "rngs": rngs}
         current = STAGE_CHANNELS[0]
@@ -105,6 +106,18 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             x = block(x, train, axis_name)
         return self.classifier(x, train, dropout_keys)
+
+    def fold(self, folding: Folding) -> None:
+        """Adds the network's layers, for export."""
+        x = folding.conv(INPUT, self.stem, "relu")
+        x = folding.unweighted("max_pool", x, padding=self.pool.padding)
+        for block in self.blocks:
+            y = folding.conv(x, block.first, "relu")
+            y = folding.conv(y, block.middle, "relu") if hasattr(block, "middle") else y
+            y = folding.conv(y, block.last)
+            shortcut = folding.conv(x, block.projection) if block.projection else x
+            x = folding.unweighted("add", y, shortcut, activation="relu")
+        folding.classifier(x, self.classifier)
 
 
 resnet18 = functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))

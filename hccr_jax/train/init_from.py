@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
-from hccr_jax.models.registry import without_mqdf
+from hccr_jax.models.functional import without_mqdf
 
 
 def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained) -> Network:

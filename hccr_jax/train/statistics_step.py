@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax.inference.steps import to_float
-from hccr_jax.models.registry import Apply
+from hccr_jax.models.functional import Apply
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.sharding import DATA_AXIS
 from hccr_jax.train.augment import Augment

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax.inference.steps import to_float
-from hccr_jax.models.registry import Apply
+from hccr_jax.models.functional import Apply
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.sharding import DATA_AXIS
@@ -102,7 +102,7 @@ def make_train_step(
     """Returns the jitted training step.
 
     Args:
-      apply: the network, from `registry.split_model`.
+      apply: the network, from `functional.split_model`.
       optimizer: from `optim.make_optimizer`.
       augment: from `augment.make_augment`.
       mesh: from `sharding.create_mesh`.

@@ -18,7 +18,8 @@ from hccr_jax.bench import tables
 from hccr_jax.bench.timing import Workload, measure, repeated
 from hccr_jax.cli import benchmark
 from hccr_jax.configs import default
-from hccr_jax.models.registry import count_parameters, create_model, split_model
+from hccr_jax.models.functional import count_parameters, split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.ops import dispatch
 
 ROOT = Path(__file__).parents[2]

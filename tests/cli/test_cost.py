@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from hccr_jax.cli import cost
-from hccr_jax.models.registry import create_model, named_costs
+from hccr_jax.models.costs import named_costs
+from hccr_jax.models.registry import create_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,8 @@ from hccr_jax.inference.rejector import RIDGE, Rejector, to_traits
 from hccr_jax.inference.steps import make_logits_step
 from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.metrics.ranking import auroc, risk_coverage
-from hccr_jax.models.registry import create_model, expose_features, split_model
+from hccr_jax.models.functional import expose_features, split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.runtime import sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax.config import MODEL_OPTIONS
 from hccr_jax.errors import InputError
 from hccr_jax.models import alexnet
 from hccr_jax.models.blocks import DepthwiseSeparable, InvertedResidual, scaled_channels
+from hccr_jax.models.costs import count_costs, recording, summarize
+from hccr_jax.models.functional import count_parameters, split_model
 from hccr_jax.models.layers import (
     AveragePool,
     BatchNorm,
@@ -19,12 +20,10 @@ from hccr_jax.models.layers import (
     Conv,
     ConvNorm,
     MaxPool,
-    count_costs,
     he_uniform,
-    recording,
     xavier_uniform,
 )
-from hccr_jax.models.registry import MODELS, count_parameters, create_model, split_model, summarize
+from hccr_jax.models.registry import MODELS, create_model, network_options
 from hccr_jax.models.resnet import BasicBlock, Bottleneck
 
 
@@ -316,7 +315,7 @@ def test_initial_weights_have_the_variance_of_their_source(initial, variance):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"mqdf"}))
 def test_logits_parameters_and_statistics_are_float32(name, dtype, small_alexnet):
-    options = {"width": 0.25} if "width" in MODEL_OPTIONS[name] else {}
+    options = {"width": 0.25} if "width" in network_options(name) else {}
     network = create_model(
         name, num_classes=5, image_px=32, dtype=dtype, rngs=nnx.Rngs(0), **options
     )

@@ -18,13 +18,15 @@ from flax import nnx
 
 from hccr_jax import main
 from hccr_jax.models import mqdf
+from hccr_jax.models.costs import summarize
+from hccr_jax.models.functional import count_parameters, split_model
 from hccr_jax.models.gradient_features import (
     GRID,
     equalize_density,
     gradient_directions,
     gradient_features,
 )
-from hccr_jax.models.registry import count_parameters, create_model, split_model, summarize
+from hccr_jax.models.registry import create_model
 from hccr_jax.train import fit_mqdf
 
 ROOT = Path(__file__).parents[2]

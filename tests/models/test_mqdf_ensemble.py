@@ -21,7 +21,8 @@ from hccr_jax.inference.pretrained import Pretrained, load_pretrained, set_mqdf_
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.steps import to_float
 from hccr_jax.models import mqdf
-from hccr_jax.models.registry import create_model, expose_features, split_model
+from hccr_jax.models.functional import expose_features, split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.runtime.sharding import create_mesh
 from hccr_jax.train import fit_mqdf
 from hccr_jax.train.fit_mqdf import fit_mqdf_member

@@ -380,7 +380,8 @@ LOGITS = """
 import sys
 import jax, numpy as np
 from flax import nnx
-from hccr_jax.models.registry import create_model, split_model
+from hccr_jax.models.functional import split_model
+from hccr_jax.models.registry import create_model
 
 network = create_model("mobilenet_v1", num_classes=7, width=0.25, rngs=nnx.Rngs(0))
 apply, params, stats = split_model(network)

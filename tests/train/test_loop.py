@@ -19,7 +19,8 @@ from hccr_jax import main
 from hccr_jax.data.epoch_order import batch_rows
 from hccr_jax.data.splits import load_split
 from hccr_jax.inference.steps import to_float
-from hccr_jax.models.registry import create_model, split_model
+from hccr_jax.models.functional import split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train.loop import evaluate_checkpoint

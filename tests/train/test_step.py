@@ -15,8 +15,9 @@ from hccr_jax.configs import default
 from hccr_jax.inference.steps import combine_tta, make_eval_step, to_float
 from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.models.blocks import InvertedResidual
+from hccr_jax.models.functional import split_model
 from hccr_jax.models.layers import Classifier, ConvNorm
-from hccr_jax.models.registry import create_model, split_model
+from hccr_jax.models.registry import create_model
 from hccr_jax.ops.cross_entropy import cross_entropy
 from hccr_jax.ops.warp import warp
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
