@@ -192,10 +192,10 @@ class Steps:
         return step % self.eval_every == 0 or step == self.total
 
 
-def flatten(config: ConfigDict) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) of every leaf of a config."""
-    for key, value in config.items(preserve_field_references=False):
-        if isinstance(value, ConfigDict):
+def flatten(tree: ConfigDict | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of every leaf of a config or of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict | Mapping):
             yield from ((f"{key}.{inner}", leaf) for inner, leaf in flatten(value))
         else:
             yield key, value

@@ -12,6 +12,7 @@ from hccr_jax.cli import analyse
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.metrics import intervals
+from hccr_jax.report import analysis
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -51,7 +52,7 @@ def test_all_alike_leaves_no_doubt() -> None:
 def test_confused_pairs_hold_every_mistake_once() -> None:
     rng = np.random.default_rng(1)
     labels, answers = rng.integers(0, 6, (2, 500))
-    pairs = analyse.confused_pairs(labels, answers)
+    pairs = analysis.confused_pairs(labels, answers)
     assert sum(count for *_, count in pairs) == (labels != answers).sum()
     one, other, count = pairs[0]
     both = {one, other}
@@ -88,13 +89,13 @@ def test_a_run_is_as_good_as_itself(page: str) -> None:
     assert ">0</td>" in page  # right only in the first
 
 
-def test_the_answers_are_the_recognizers(finished: Path) -> None:
-    answers = analyse._answer(str(finished), None, None)
+def test_predictions_are_the_recognizers(finished: Path) -> None:
+    predicted = analyse._predict(str(finished), None, None)
     recognizer = Recognizer.load(finished)
-    for row, candidates in enumerate(recognizer.classify(answers.split.images[:8])):
+    for row, candidates in enumerate(recognizer.classify(predicted.split.images[:8])):
         best = candidates[0]
-        assert best.character == answers.split.classes[answers.candidates[row, 0]]
-        assert best.probability == pytest.approx(answers.confidence[row], rel=1e-4)
+        assert best.character == predicted.split.classes[predicted.candidates[row, 0]]
+        assert best.probability == pytest.approx(predicted.confidence[row], rel=1e-4)
 
 
 def test_another_split_has_its_own_interval(
