@@ -51,7 +51,7 @@ def time_forms(
             shapes = _shapes(layer, dtype, batch_size)
             programs[layer] = {
                 form: pool.submit(_compile, form, shapes, layer[-1])
-                for form in dispatch.possible(shapes[0])
+                for form in dispatch.available(shapes[0])
             }
     for layer in layers:
         shapes = _shapes(layer, dtype, batch_size)
@@ -93,7 +93,7 @@ def _compile(form: str, shapes: tuple[Any, ...], stride: int) -> Any:
 
     def layer(x, affine, weight, affine_after):
         return depthwise_block_train(
-            x, affine, weight, affine_after, stride, 1e-3, None, form=form
+            x, affine, weight, affine_after, stride, 1e-3, None, implementation=form
         )[0]
 
     def both(*arguments):

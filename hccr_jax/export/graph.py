@@ -9,6 +9,7 @@ from flax import nnx
 
 from hccr_jax.errors import InputError
 from hccr_jax.models.folding import INPUT, Folding, Layer
+from hccr_jax.ops.depthwise import taps
 
 RELU6_LIMIT = 6.0
 
@@ -44,11 +45,11 @@ def convolve(x: np.ndarray, weight: np.ndarray, stride: int, padding: int) -> np
     >>> convolve(x, np.ones((3, 3, 1)), stride=2, padding=1)[0, ..., 0].tolist()
     [[8.0, 12.0], [20.0, 24.0]]
     """
-    taps = _taps(x, len(weight), stride, padding, np)
+    inputs = taps(x, len(weight), stride, padding, np)
     if weight.ndim == 3:
-        pairs = zip(taps, weight.reshape(-1, weight.shape[-1]), strict=True)
+        pairs = zip(inputs, weight.reshape(-1, weight.shape[-1]), strict=True)
         return functools.reduce(np.add, (tap * row for tap, row in pairs))
-    return np.concatenate(taps, axis=-1) @ weight.reshape(-1, weight.shape[-1])
+    return np.concatenate(inputs, axis=-1) @ weight.reshape(-1, weight.shape[-1])
 
 
 def run(
@@ -75,9 +76,9 @@ def run(
             case "add":
                 y = x + values[layer.inputs[1]]
             case "max_pool":
-                y = functools.reduce(array.maximum, _taps(x, 3, 2, layer.padding, array))
+                y = functools.reduce(array.maximum, taps(x, 3, 2, layer.padding, array))
             case "average_pool":
-                y = functools.reduce(array.add, _taps(x, 2, 2, 0, array)) / 4
+                y = functools.reduce(array.add, taps(x, 2, 2, 0, array)) / 4
             case "mean":
                 y = x.mean((1, 2))
             case "flatten":
@@ -110,17 +111,3 @@ def _activate(y: Any, activation: str, array: Any) -> Any:
         case "tanh":
             return array.tanh(y)
     return y
-
-
-def _taps(x: Any, kernel: int, stride: int, padding: int, array: Any) -> list[Any]:
-    """Returns what each place of a square filter sees of x, zeros around it: kernel² arrays."""
-    height, width = x.shape[1:3]
-    padded = array.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = (
-        (size + 2 * padding - kernel) // stride * stride + 1 for size in (height, width)
-    )
-    return [
-        padded[:, i : i + rows : stride, j : j + columns : stride]
-        for i in range(kernel)
-        for j in range(kernel)
-    ]

@@ -18,7 +18,7 @@ from jax import lax
 
 from hccr_jax.models.costs import record_cost
 from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
-from hccr_jax.ops.depthwise import depthwise_conv
+from hccr_jax.ops.depthwise import depthwise_conv, taps
 from hccr_jax.ops.pointwise import pointwise_conv
 
 Initial = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
@@ -99,7 +99,7 @@ class Conv(nnx.Module):
             # Gathering the inputs and one matrix product beat a convolution on a CPU where inputs
             # are so few; and where the filter is larger than the map, XLA's takes up to 90 times
             # as long.
-            patches = jnp.concatenate(_taps(x, kernel, self.stride, self.padding), axis=-1)
+            patches = jnp.concatenate(taps(x, kernel, self.stride, self.padding), axis=-1)
             y = pointwise_conv(patches, weight.reshape(-1, channels_out))
         else:
             y = lax.conv_general_dilated(
@@ -113,21 +113,6 @@ class Conv(nnx.Module):
         return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
 
 
-def _taps(x: jax.Array, kernel: int, stride: int, padding: int) -> list[jax.Array]:
-    """Returns what each place of a square filter sees of x, zeros around it: kernel² arrays."""
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = (
-        (size + 2 * padding - kernel) // stride * stride + 1 for size in (height, width)
-    )
-    strides = (1, stride, stride, 1)
-    return [
-        lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), strides)
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-
-
 class MaxPool(nnx.Module):
     """The maximum of each 3×3 neighbourhood, two apart, so that they overlap.
 
@@ -139,7 +124,7 @@ class MaxPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌊(H + 2P − 3)/2⌋ + 1, …, C)."""
-        y = functools.reduce(jnp.maximum, _taps(x, 3, 2, self.padding))
+        y = functools.reduce(jnp.maximum, taps(x, 3, 2, self.padding))
         record_cost(self, "max pooling 3×3/2", y, 0)
         return y
 
@@ -149,7 +134,7 @@ class AveragePool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌊H/2⌋, ⌊W/2⌋, C)."""
-        y = functools.reduce(jnp.add, _taps(x, 2, 2, 0)) / 4
+        y = functools.reduce(jnp.add, taps(x, 2, 2, 0)) / 4
         record_cost(self, "average pooling 2×2/2", y, 0)
         return y
 

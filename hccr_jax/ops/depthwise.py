@@ -1,6 +1,7 @@
-"""3×3 depthwise convolution by itself, in two forms."""
+"""3×3 depthwise convolution, in two implementations."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(
-    x: jax.Array, weight: jax.Array, stride: int = 1, form: str | None = None
+    x: jax.Array, weight: jax.Array, stride: int = 1, implementation: str | None = None
 ) -> jax.Array:
     """Returns the 3×3 depthwise convolution of x with one pixel of zero padding.
 
@@ -17,8 +18,8 @@ def depthwise_conv(
       x: (B, H, W, C) float.
       weight: (3, 3, C), of the same dtype.
       stride: 1 or 2, along both axes.
-      form: "grouped" or "shifted", see `ops/forms.py`; None for "shifted" on a CPU and "grouped"
-        elsewhere.
+      implementation: "grouped" or "shifted", see `dispatch`; None for "shifted" on a CPU and
+        "grouped" elsewhere.
 
     Returns:
       (B, ⌈H/stride⌉, ⌈W/stride⌉, C): out[h, w] = Σ_ij x[h·stride+i−1, w·stride+j−1] · weight[i, j].
@@ -26,22 +27,24 @@ def depthwise_conv(
     Source: section 3.1 of the paper; equal to `lax.conv_general_dilated` with
     `feature_group_count=C`, which XLA runs many times slower on a CPU.
     """
-    if _is_shifted(form):
+    if _is_shifted(implementation):
         return shifted_sum(x, weight, stride)
     return grouped_conv(x, weight, stride)
 
 
-def _is_shifted(form: str | None) -> bool:
-    return form == "shifted" or (form is None and jax.default_backend() == "cpu")
+def _is_shifted(implementation: str | None) -> bool:
+    return implementation == "shifted" or (
+        implementation is None and jax.default_backend() == "cpu"
+    )
 
 
-def _forward(x: jax.Array, weight: jax.Array, stride: int, form: str | None):
-    return depthwise_conv(x, weight, stride, form), (x, weight)
+def _forward(x: jax.Array, weight: jax.Array, stride: int, implementation: str | None):
+    return depthwise_conv(x, weight, stride, implementation), (x, weight)
 
 
-def _backward(stride: int, form: str | None, saved, gradient: jax.Array):
+def _backward(stride: int, implementation: str | None, saved, gradient: jax.Array):
     x, weight = saved
-    if _is_shifted(form):
+    if _is_shifted(implementation):
         return _data_gradient(x, weight, gradient, stride), _weight_gradient(x, gradient, stride)
     return jax.vjp(lambda x, weight: grouped_conv(x, weight, stride), x, weight)[1](gradient)
 
@@ -51,22 +54,30 @@ depthwise_conv.defvjp(_forward, _backward)
 
 def shifted_sum(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
     """Returns `depthwise_conv` as the sum of nine shifted products: elementwise, on any device."""
-    taps = _taps(x, stride)
-    products = [tap * weight[k // 3, k % 3][None, None, None] for k, tap in enumerate(taps)]
+    products = [
+        tap * weight[k // 3, k % 3][None, None, None] for k, tap in enumerate(taps(x, 3, stride, 1))
+    ]
     return functools.reduce(jnp.add, products)
 
 
-def _taps(x: jax.Array, stride: int) -> list[jax.Array]:
-    """Returns what each of the nine weights meets, row by row of the filter: (B, H', W', C)."""
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    batch, height, width, channels = out_shape(x, stride)
-    rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
+def taps(x: Any, kernel: int, stride: int, padding: int, array: Any = jnp) -> list[Any]:
+    """Returns what each place of a square filter meets of x (B, H, W, C), row by row of the filter.
 
-    def tap(i: int, j: int) -> jax.Array:
-        limit = (batch, i + rows, j + columns, channels)
-        return lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
+    Args:
+      x: an array of `array`, `jax.numpy` or `numpy`.
+      kernel: side of the filter.
+      stride, padding: of the filter; the padding is zeros.
 
-    return [tap(i, j) for i in range(3) for j in range(3)]
+    Returns:
+      kernel² arrays (B, ⌊(H + 2 · padding − kernel)/stride⌋ + 1, …, C).
+    """
+    padded = array.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = ((size + 2 * padding - kernel) // stride * stride + 1 for size in x.shape[1:3])
+    return [
+        padded[:, i : i + rows : stride, j : j + columns : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
 
 
 def _data_gradient(x: jax.Array, weight: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
@@ -85,7 +96,7 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Arra
     """
 
     def sums(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        products = (tap * gradient for tap in _taps(x, stride))
+        products = (tap * gradient for tap in taps(x, 3, stride, 1))
         return jnp.stack([product.sum((0, 1, 2), dtype=jnp.float32) for product in products])
 
     def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -42,10 +42,10 @@ def depthwise_block(
     Returns:
       (B, ⌈H/stride⌉, ⌈W/stride⌉, C) like x.
     """
-    form = dispatch.choose(x, stride)
-    if form != "kernels":
+    implementation = dispatch.choose(x, stride)
+    if implementation != "kernels":
         active = batch_norm(x, *statistics, *affine, True, epsilon)
-        y = depthwise_conv(active, weight, stride, _unfused(form))
+        y = depthwise_conv(active, weight, stride, _unfused(implementation))
         return batch_norm(y, *statistics_after, *affine_after, True, epsilon)
     call = jax.ffi.ffi_call("hccr_block_inference", _like(out_shape(x, stride)))
     norm = _rows(statistics, affine, epsilon)
@@ -56,44 +56,44 @@ def depthwise_block(
 def depthwise_block_train(
     x: jax.Array, affine: Vectors, weight: jax.Array,
     affine_after: Vectors, stride: int, epsilon: float, axis_name: str | None,
-    form: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Vectors, Vectors]:  # fmt: skip
     """Returns `depthwise_block` of x with the batch's own statistics, and those statistics.
 
     Args:
       axis_name: mesh axis over which the batch is split, or None.
       x, affine, weight, affine_after, stride, epsilon: as in `depthwise_block`.
-      form: one of `forms.possible(x)`; None for the fastest one measured.
+      implementation: one of `dispatch.available(x)`; None for the fastest one measured.
 
     Returns:
       the block's output; mean and variance before and after the convolution, through which no
       gradient flows.
     """
-    form = form or dispatch.choose(x, stride)
-    if form not in FUSED:
+    implementation = implementation or dispatch.choose(x, stride)
+    if implementation not in FUSED:
         active, mean, variance = batch_norm_train(x, *affine, True, epsilon, axis_name)
-        y = depthwise_conv(active, weight, stride, form)
+        y = depthwise_conv(active, weight, stride, implementation)
         out, *after = batch_norm_train(y, *affine_after, True, epsilon, axis_name)
         return out, (mean, variance), (after[0], after[1])
     statistics = batch_statistics(x, axis_name)
     norm = _rows(statistics, affine, epsilon)
-    out, *after = _block(x, norm, weight, *affine_after, stride, epsilon, axis_name, form)
+    out, *after = _block(x, norm, weight, *affine_after, stride, epsilon, axis_name, implementation)
     return out, lax.stop_gradient(statistics), (after[0], after[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _block(x, norm, weight, scale, bias, stride, epsilon, axis_name, form):
-    return _forward(x, norm, weight, scale, bias, stride, epsilon, axis_name, form)[0]
+def _block(x, norm, weight, scale, bias, stride, epsilon, axis_name, implementation):
+    return _forward(x, norm, weight, scale, bias, stride, epsilon, axis_name, implementation)[0]
 
 
-def _forward(x, norm, weight, scale, bias, stride, epsilon, axis_name, form):
-    y, mean, variance = FUSED[form][0](x, norm, weight, stride)
+def _forward(x, norm, weight, scale, bias, stride, epsilon, axis_name, implementation):
+    y, mean, variance = FUSED[implementation][0](x, norm, weight, stride)
     mean, variance = over_devices(mean, variance, axis_name)
     out = batch_norm(y, mean, variance, scale, bias, True, epsilon)
     return (out, mean, variance), (x, norm, weight, y, mean, variance, scale, bias)
 
 
-def _backward(stride, epsilon, axis_name, form, saved, gradients):
+def _backward(stride, epsilon, axis_name, implementation, saved, gradients):
     x, norm, weight, y, mean, variance, scale, bias = saved
     gradient = gradients[0]
     inverse = lax.rsqrt(variance + epsilon)
@@ -103,7 +103,7 @@ def _backward(stride, epsilon, axis_name, form, saved, gradients):
     # The gradient of y is slope · passed − p − q · (y − mean); ReLU6 lets through what is passed.
     p, q = slope * mean_bias, slope * inverse * mean_scale
     norm_after = jnp.stack([mean, slope, bias, p, q])
-    dx, sums = FUSED[form][1](x, norm, weight, y, norm_after, gradient, stride)
+    dx, sums = FUSED[implementation][1](x, norm, weight, y, norm_after, gradient, stride)
     d_norm = jnp.stack([-norm[1] * sums[9], sums[10], sums[9]])
     d_weight = sums[:9].reshape(weight.shape).astype(weight.dtype)
     return dx, d_norm, d_weight, d_scale, d_bias
@@ -135,19 +135,19 @@ def _pallas_backward(*arguments):
     return depthwise_pallas.block_backward(*arguments)
 
 
-# Of each fused form: the convolution with the norm before it, and the gradients of the whole.
+# Of each fused implementation: norm and convolution, and the gradients of the whole block.
 FUSED = {
     "kernels": (_kernel_forward, _kernel_backward),
     "pallas": (_pallas_forward, _pallas_backward),
 }
 
 
-def _unfused(form: str) -> str | None:
-    return None if form in FUSED else form
+def _unfused(implementation: str) -> str | None:
+    return None if implementation in FUSED else implementation
 
 
 def _rows(statistics: Vectors, affine: Vectors, epsilon: float) -> jax.Array:
-    """Returns mean, slope and bias (3, C) of the form (x − mean) · slope + bias."""
+    """Returns mean, slope and bias (3, C) of (x − mean) · slope + bias."""
     (mean, variance), (scale, bias) = statistics, affine
     return jnp.stack([mean, scale * lax.rsqrt(variance + epsilon), bias])
 

@@ -1,12 +1,13 @@
-"""The form of a depthwise layer that runs fastest, looked up in measurements.
+"""Dispatch of a depthwise layer to its fastest implementation, looked up in measurements.
 
-`measured/` holds what `hccr benchmark --suite=forms --output=FILE` wrote on some
-devices. The forms:
+`measured/` holds the output of `hccr benchmark --suite=kernels --output=FILE` on some devices: a
+table instead of a measurement at start, because a run is a function of its config.
+Implementations:
 
   kernels   fused, in C++, for float32 on a CPU with a compiler (`cpu_kernels.cc`)
   pallas    fused, for NVIDIA GPUs from Ampere on (`depthwise_pallas.py`)
-  grouped   XLA's own grouped convolution, batch norm beside it
-  shifted   a sum of nine shifted products, batch norm beside it
+  grouped   XLA's own grouped convolution, batch norm separate
+  shifted   a sum of nine shifted products, batch norm separate
 """
 
 import collections
@@ -23,10 +24,10 @@ MEASURED = pathlib.Path(__file__).with_name("measured")
 FUSED = ("kernels", "pallas")  # the fastest wherever it was measured
 
 
-def possible(x: jax.Array) -> list[str]:
-    """Returns the forms that can take x (B, H, W, C) on the devices at hand."""
-    forms = ["kernels"] * native.supports(x) + ["pallas"] * _runs_pallas(jax.devices()[0])
-    return [*forms, "grouped", "shifted"]
+def available(x: jax.Array) -> list[str]:
+    """Returns the implementations that support x (B, H, W, C) on the devices of this process."""
+    fused = ["kernels"] * native.supports(x) + ["pallas"] * _runs_pallas(jax.devices()[0])
+    return [*fused, "grouped", "shifted"]
 
 
 def _runs_pallas(device: jax.Device) -> bool:
@@ -37,29 +38,29 @@ def _runs_pallas(device: jax.Device) -> bool:
 
 
 def choose(x: jax.Array, stride: int) -> str:
-    """Returns the form to use for x (B, H, W, C).
+    """Returns the implementation to use for x (B, H, W, C).
 
-    That is the fastest in the measurement of this kind of device, dtype and layer; for a layer that
-    was not measured, the one that won most often on such a device; on devices never measured, the
-    fused one where it can be had, else "shifted" on a CPU and "grouped" elsewhere.
+    It is the fastest in the measurement of this kind of device, dtype and layer; for a layer that
+    was not measured, the one that was fastest most often on such a device; on devices never
+    measured, the fused one where available, else "shifted" on a CPU and "grouped" elsewhere.
     """
-    forms = possible(x)
+    implementations = available(x)
     layer = (*x.shape[1:], stride)
     ranking = _rankings().get((jax.devices()[0].device_kind, jnp.dtype(x.dtype).name), {})
-    for form in [*ranking.get(layer, []), *_by_wins(ranking), *FUSED]:
-        if form in forms:
-            return form
+    for implementation in [*ranking.get(layer, []), *_by_wins(ranking), *FUSED]:
+        if implementation in implementations:
+            return implementation
     return "shifted" if jax.default_backend() == "cpu" else "grouped"
 
 
 def _by_wins(ranking: dict[tuple[int, ...], list[str]]) -> list[str]:
-    wins = collections.Counter(forms[0] for forms in ranking.values())
-    return [form for form, _ in wins.most_common()]
+    wins = collections.Counter(ranked[0] for ranked in ranking.values())
+    return [implementation for implementation, _ in wins.most_common()]
 
 
 @functools.cache
 def _rankings() -> dict[tuple[str, str], dict[tuple[int, ...], list[str]]]:
-    """Returns the forms, fastest first, by device kind and dtype and then by layer."""
+    """Returns the implementations, fastest first, by (device kind, dtype) and then by layer."""
     speeds = collections.defaultdict(lambda: collections.defaultdict(list))  # type: ignore[var-annotated]
     for path in sorted(MEASURED.glob("*.json")):
         for row in json.loads(path.read_text("utf-8"))["rows"]:
@@ -70,7 +71,7 @@ def _rankings() -> dict[tuple[str, str], dict[tuple[int, ...], list[str]]]:
                 speeds[device][tuple(about["layer"])].append(speed)
     return {
         device: {
-            layer: [form for _, form in sorted(found, reverse=True)]
+            layer: [implementation for _, implementation in sorted(found, reverse=True)]
             for layer, found in layers.items()
         }
         for device, layers in speeds.items()

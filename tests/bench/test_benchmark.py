@@ -123,7 +123,7 @@ def test_measured_forms_are_what_the_library_chooses_by(
         for row in rows
         if row["about"]["layer"] == layer
     }
-    assert set(speeds) == set(dispatch.possible(x))
+    assert set(speeds) == set(dispatch.available(x))
     assert dispatch.choose(x, stride) == max(speeds, key=lambda form: speeds[form])
     dispatch._rankings.cache_clear()
 

@@ -1,4 +1,4 @@
-"""The choice of a depthwise layer's form, and that the choice changes nothing but the speed."""
+"""The choice of a depthwise layer's implementation, which changes nothing but the speed."""
 
 import functools
 import json
@@ -22,17 +22,17 @@ on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's me
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Returns a function that puts (layer, form, images a second) in the place of `measured/`."""
+    """Returns a function that replaces `measured/` by (layer, implementation, images/s)."""
 
     def put(*speeds: tuple) -> None:
         kind = jax.devices()[0].device_kind
         rows = [
             {
-                "row": f"depthwise/{form}",
+                "row": f"depthwise/{implementation}",
                 "about": {"layer": layer, "device_kind": kind, "dtype": "float32"},
                 **({"images_per_second": speed} if speed else {"error": "out of memory"}),
             }
-            for layer, form, speed in speeds
+            for layer, implementation, speed in speeds
         ]
         (tmp_path / "here.json").write_text(json.dumps({"rows": rows}))
         monkeypatch.setattr(dispatch, "MEASURED", tmp_path)
@@ -47,7 +47,7 @@ def x_of(*shape: int, dtype=jnp.float32) -> jax.Array:
 
 
 @on_a_cpu
-def test_the_fastest_form_of_the_layer_is_chosen(measured) -> None:
+def test_the_fastest_implementation_of_the_layer_is_chosen(measured) -> None:
     measured(
         ((8, 8, 8, 1), "shifted", 10.0),
         ((8, 8, 8, 1), "grouped", 20.0),
@@ -59,11 +59,11 @@ def test_the_fastest_form_of_the_layer_is_chosen(measured) -> None:
     )
     assert dispatch.choose(x_of(8, 8, 8), 1) == "grouped"
     assert dispatch.choose(x_of(8, 8, 8), 2) == "shifted"
-    assert "pallas" not in dispatch.possible(x_of(4, 4, 8))
+    assert "pallas" not in dispatch.available(x_of(4, 4, 8))
     assert dispatch.choose(x_of(4, 4, 8), 1) == "shifted"
 
 
-def test_a_layer_that_was_not_measured_takes_the_form_that_won_most(measured) -> None:
+def test_a_layer_that_was_not_measured_takes_the_most_frequent_winner(measured) -> None:
     measured(
         ((8, 8, 8, 1), "grouped", 9.0),
         ((4, 4, 8, 1), "shifted", 9.0),
@@ -75,7 +75,7 @@ def test_a_layer_that_was_not_measured_takes_the_form_that_won_most(measured) ->
 @on_a_cpu
 def test_without_measurements_a_default_is_chosen(measured) -> None:
     measured()
-    kernels = "kernels" in dispatch.possible(x_of(*LAYER))
+    kernels = "kernels" in dispatch.available(x_of(*LAYER))
     assert dispatch.choose(x_of(*LAYER), 1) == ("kernels" if kernels else "shifted")
     assert dispatch.choose(x_of(*LAYER, dtype=jnp.bfloat16), 1) == "shifted"
 
@@ -98,7 +98,7 @@ def test_the_layers_of_mobilenet_v1_are_those_of_its_table() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_all_forms_agree(stride: int) -> None:
+def test_all_implementations_agree(stride: int) -> None:
     rng = np.random.default_rng(0)
 
     def drawn(*shape: int) -> jax.Array:
@@ -107,25 +107,25 @@ def test_all_forms_agree(stride: int) -> None:
     x, weight = 2 * drawn(3, 5, 6, 24), drawn(3, 3, 24)
     affine, affine_after = (drawn(24), drawn(24) + 2), (drawn(24), drawn(24) + 2)
 
-    @functools.partial(jax.jit, static_argnames="form")
-    def run(x, affine, weight, affine_after, form):
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(x, affine, weight, affine_after, implementation):
         def block(x, affine, weight, affine_after):
             return depthwise_block_train(
-                x, affine, weight, affine_after, stride, 1e-3, None, form=form
+                x, affine, weight, affine_after, stride, 1e-3, None, implementation=implementation
             )
 
         y, pull = jax.vjp(lambda *a: block(*a)[0], x, affine, weight, affine_after)
         return block(x, affine, weight, affine_after), pull(jnp.cos(y))
 
     results = {
-        form: run(x, affine, weight, affine_after, form)
-        for form in {*dispatch.possible(x), "pallas"}  # which a CPU interprets
+        implementation: run(x, affine, weight, affine_after, implementation)
+        for implementation in {*dispatch.available(x), "pallas"}  # which a CPU interprets
     }
     expected = results.pop("shifted")
-    for form, result in results.items():
+    for implementation, result in results.items():
         jax.tree.map(
-            lambda ours, theirs, form=form: np.testing.assert_allclose(
-                ours, theirs, rtol=1e-4, atol=1e-4, err_msg=form
+            lambda ours, theirs, implementation=implementation: np.testing.assert_allclose(
+                ours, theirs, rtol=1e-4, atol=1e-4, err_msg=implementation
             ),
             result,
             expected,

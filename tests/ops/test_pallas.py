@@ -1,4 +1,4 @@
-"""The GPU form of the depthwise block: its numbers, interpreted on a CPU, and that it lowers."""
+"""The depthwise block's Pallas kernels: their numbers, interpreted on a CPU, and their lowering."""
 
 import functools
 
@@ -152,6 +152,7 @@ def layers():
     return sorted(found)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_every_layer_lowers_for_cuda(monkeypatch):
     monkeypatch.setattr(depthwise_pallas, "_interprets", lambda: False)
