@@ -1,19 +1,18 @@
-"""How sure an accuracy is, and a difference of two."""
+"""Confidence intervals of an accuracy and of a difference, and a test of two networks."""
 
-import math
+import functools
 
 import numpy as np
 
-LEVEL_Z = 1.959963984540054  # of 95 %, two-sided
 ROUNDS = 2000
 
 
 def wilson(hits: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the 95 % interval of a share, float64 of the arguments' shape each.
+    """Returns the 95 % interval of a proportion, float64 of the arguments' shape each.
 
     Args:
-      hits: number of right answers, of independent trials.
-      counts: of all answers, at least 1.
+      hits: number of correct predictions, of independent trials.
+      counts: of all predictions, at least 1.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22
     (1927).
@@ -21,22 +20,26 @@ def wilson(hits: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
     >>> [round(float(bound), 4) for bound in wilson(np.array(8), np.array(10))]
     [0.4902, 0.9433]
     """
-    share, z2 = hits / counts, LEVEL_Z**2
-    middle = (share + z2 / (2 * counts)) / (1 + z2 / counts)
-    half = np.sqrt(share * (1 - share) / counts + z2 / (4 * counts**2)) / (1 + z2 / counts)
-    half = LEVEL_Z * half
-    return middle - half, middle + half
+    return np.vectorize(_wilson, otypes=(float, float))(hits, counts)
+
+
+@functools.cache
+def _wilson(hits: float, count: int) -> tuple[float, float]:
+    from scipy.stats import binomtest  # half a second to import
+
+    interval = binomtest(int(hits), int(count)).proportion_ci(method="wilson")
+    return interval.low, interval.high
 
 
 def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % interval of a mean, whole groups being drawn again and again.
+    """Returns the 95 % interval of a mean, from whole groups resampled with replacement.
 
-    The images of one writer are alike, so that the writers and not the images are the sample.
+    The images of one writer are alike, so the writers and not the images are the sample.
 
     Args:
       values: float or bool (N,).
-      groups: (N,), which of them belong together.
-      seed: of the draws.
+      groups: (N,), such as the writer of each value.
+      seed: of the resampling.
 
     Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, percentile interval.
     """
@@ -50,10 +53,10 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[fl
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Returns how likely so uneven a count is if two networks are equally good, exact, two-sided.
+    """Returns the p-value of so uneven a count if two networks are equally good: exact, two-sided.
 
     Args:
-      only_first, only_second: images that one names and the other does not.
+      only_first, only_second: images that one network classifies correctly and the other does not.
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions or
     percentages", Psychometrika 12 (1947).
@@ -61,10 +64,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     >>> round(mcnemar(1, 9), 6)
     0.021484
     """
-    count, fewer = only_first + only_second, min(only_first, only_second)
-    logs = [
-        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
-        for k in range(fewer + 1)
-    ]
-    tail = math.fsum(math.exp(log - count * math.log(2)) for log in logs)
-    return min(1.0, 2 * tail)
+    from scipy.stats import binomtest
+
+    count = int(only_first + only_second)
+    return float(binomtest(int(only_first), count).pvalue) if count else 1.0

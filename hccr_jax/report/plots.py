@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 )
 
 from hccr_jax.metrics import intervals
-from hccr_jax.metrics.calibration import BINS
+from hccr_jax.metrics.calibration import BINS, calibration_bins
 from hccr_jax.metrics.ranking import risk_coverage
 from hccr_jax.runtime.run_log import read_metrics
 
@@ -160,7 +160,7 @@ def draw_calibration(confidence: np.ndarray, is_right: np.ndarray, bins: int = B
       is_right: bool (N,).
       bins: of equal width.
     """
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    place = calibration_bins(confidence, bins)
     counts = np.bincount(place, minlength=bins)
     filled = counts > 0
     hits = np.bincount(place, weights=is_right, minlength=bins)[filled]

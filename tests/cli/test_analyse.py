@@ -6,47 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from hccr_jax.cli import analyse
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
-from hccr_jax.metrics import intervals
 from hccr_jax.report import analysis
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 5), (3, 7), (60, 60), (9640, 10000)])
-def test_wilson_is_scipys(hits: int, count: int) -> None:
-    exact = binomtest(hits, count).proportion_ci(method="wilson")
-    found = intervals.wilson(np.array(hits), np.array(count))
-    np.testing.assert_allclose(found, (exact.low, exact.high), atol=1e-12)
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 5), (7, 7), (43, 80), (400, 300)])
-def test_mcnemar_is_a_binomial_test(one: int, other: int) -> None:
-    exact = binomtest(one, one + other).pvalue if one + other else 1.0
-    assert intervals.mcnemar(one, other) == pytest.approx(exact, rel=1e-9)
-
-
-def test_the_interval_is_that_of_the_groups_means() -> None:
-    """With groups of one size, a mean over groups has the spread of theirs over the root."""
-    rng = np.random.default_rng(0)
-    skill = rng.normal(0.0, 1.0, 400)
-    groups = np.repeat(np.arange(400), 25)
-    values = skill[groups] + rng.normal(0.0, 0.1, 10_000)
-    low, high = intervals.bootstrap(values, groups)
-    means = values.reshape(400, 25).mean(axis=1)
-    half = 1.96 * means.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    # Each image by itself would give a fifth of that.
-    assert high - low > 4 * 2 * 1.96 * values.std() / 100
-
-
-def test_all_alike_leaves_no_doubt() -> None:
-    assert intervals.bootstrap(np.ones(9), np.arange(9)) == (1.0, 1.0)
 
 
 def test_confused_pairs_hold_every_mistake_once() -> None:

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from hccr_jax.cli import predict
 from hccr_jax.data.images import files, ink, normalize
@@ -189,41 +187,6 @@ def test_no_number_of_images_compiles_anew(recognizer: Recognizer):
     for count in (1, 2, 7, 33, 300):
         assert len(recognizer.classify(np.zeros((count, 32, 32), np.uint8))) == count
     assert recognizer._step._cache_size() == programs
-
-
-def some_logits(scale: float) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(500, 7))
-    labels = (logits / 0.4 + rng.gumbel(size=logits.shape)).argmax(axis=1)
-    return (scale * logits).astype(np.float32), labels
-
-
-@pytest.mark.parametrize("scale", [0.5, 2.5, 20.0])
-def test_the_temperature_is_the_best(scale: float):
-    logits, labels = some_logits(scale)
-
-    def loss(temperature: float) -> float:
-        logs = log_softmax(logits.astype(np.float64) / temperature, axis=1)
-        return -logs[np.arange(len(labels)), labels].mean()
-
-    best = minimize_scalar(loss, bounds=(0.05, 20.0), method="bounded", options={"xatol": 1e-9})
-    assert calibration.fit_temperature(logits, labels) == pytest.approx(best.x, rel=1e-5)
-    # The labels were drawn from these logits at a temperature of 0.4.
-    assert best.x == pytest.approx(0.4 * scale, rel=0.15)
-
-
-def test_a_network_that_is_always_right_has_the_lowest_temperature():
-    logits = np.eye(5)[np.arange(20) % 5]
-    fitted = calibration.fit_temperature(logits, np.arange(20) % 5)
-    assert fitted == pytest.approx(calibration.MIN_TEMPERATURE, rel=1e-3)
-
-
-def test_calibration_error_by_hand():
-    # Of ten bins: (0.5, 0.6] is right once in two at 0.55; (0.9, 1] three times in three at 0.96.
-    confidence = np.array([0.52, 0.58, 0.94, 0.94, 1.0])
-    is_right = np.array([True, False, True, True, True])
-    expected = 2 / 5 * abs(0.5 - 0.55) + 3 / 5 * abs(1.0 - 0.96)
-    assert calibration.calibration_error(confidence, is_right, 10) == pytest.approx(expected)
 
 
 def test_a_run_calibrates_itself_on_validation_writers(finished: Path, recognizer: Recognizer):

@@ -17,7 +17,6 @@ from scipy.special import log_softmax, softmax
 from hccr_jax import main
 from hccr_jax.data.label_noise import shuffle_labels
 from hccr_jax.data.splits import load_split
-from hccr_jax.metrics.ranking import detection
 from hccr_jax.ops.cross_entropy import cross_entropy
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train.setup import create_training_setup
@@ -89,22 +88,6 @@ def test_a_label_that_is_ruled_out_pulls_at_nothing():
     np.testing.assert_allclose(losses, -np.log(0.1), rtol=1e-6)  # ε/K: the loss has an upper bound
     gradient = jax.grad(lambda x: cross_entropy(x, labels, 0.0, 0.3).sum())(logits)
     np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
-
-
-def test_detection_is_the_rank_statistic():
-    generator = np.random.default_rng(0)
-    losses = generator.integers(0, 50, 400).astype(np.float32)  # with ties
-    wrong = generator.random(400) < 0.2
-    losses[wrong] += 20
-    expected = stats.mannwhitneyu(losses[wrong], losses[~wrong]).statistic
-    found = detection(losses, wrong)
-    assert found["count"] == wrong.sum()
-    assert found["auroc"] == pytest.approx(expected / (wrong.sum() * (~wrong).sum()))
-    assert detection(wrong.astype(np.float32), wrong) == {
-        "count": wrong.sum(),
-        "auroc": 1.0,
-        "found": 1.0,
-    }
 
 
 def test_only_training_labels_are_shuffled(tiny_job: list[str]):

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from scipy.stats import mannwhitneyu
 
 from hccr_jax.cli import predict
 from hccr_jax.data.casia.charset import level1
@@ -22,7 +21,6 @@ from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.rejector import RIDGE, Rejector, to_traits
 from hccr_jax.inference.steps import make_logits_step
 from hccr_jax.inference.tta import create_tta_views
-from hccr_jax.metrics.ranking import auroc, risk_coverage
 from hccr_jax.models.functional import expose_features, split_model
 from hccr_jax.models.registry import create_model
 from hccr_jax.runtime import sharding
@@ -79,22 +77,6 @@ def test_a_rejector_survives_json() -> None:
     assert (again.scores(rows) == rejector.scores(rows)).all()
     with pytest.raises(ValueError, match="lists"):
         Rejector.from_json(rejector.to_json() | {"sound": []})
-
-
-def test_auroc_is_mann_and_whitneys_statistic() -> None:
-    rng = np.random.default_rng(4)
-    positive, negative = rng.integers(0, 9, 57), rng.integers(0, 7, 33)  # ties as well
-    expected = mannwhitneyu(positive, negative).statistic / (57 * 33)
-    assert auroc(positive, negative) == pytest.approx(expected, rel=1e-12)
-
-
-def test_risk_at_full_coverage_is_the_error() -> None:
-    rng = np.random.default_rng(5)
-    is_right = rng.random(200) < 0.8
-    coverage, risk = risk_coverage(rng.normal(size=200), is_right)
-    assert (coverage[-1], risk[-1]) == (1.0, pytest.approx(1 - is_right.mean()))
-    perfect = risk_coverage(is_right + 0.1 * rng.random(200), is_right)[1]
-    assert (perfect[: is_right.sum()] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "lenet5"])
