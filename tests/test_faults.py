@@ -63,7 +63,7 @@ KILL_POINTS = {
     "before an evaluation": ("hccr_jax.train.loop", "_fresh_statistics", 1),
     "in an evaluation": ("hccr_jax.train.loop", "_validate", 2),
     "before a save": ("hccr_jax.runtime.checkpoints:Checkpoints", "save", 3),
-    "between a save and its seal": ("hccr_jax.runtime.checkpoint_seal", "write_manifest", 3),
+    "between a save and its seal": ("hccr_jax.runtime.checkpoint_seal", "write_seal", 3),
     "before an old step is removed": ("shutil", "rmtree", 1),
     "while results are written": ("hccr_jax.evaluation.final", "_write_results", 1),
 }
@@ -269,7 +269,7 @@ def test_a_checkpoint_moves_between_eight_one_and_four_devices(
     move = (
         "import sys; from pathlib import Path; from hccr_jax import main; from hccr_jax.runtime import sharding\n"
         "from hccr_jax.checkpoint import Checkpoints; from hccr_jax.job import create_training_setup\n"
-        "from hccr_jax.startup import Timeline\n"
+        "from hccr_jax.runtime.startup import Timeline\n"
         "from hccr_jax.train import _about, _items, _restore\n"
         "folder = Path(sys.argv[1]) / 'checkpoints'\n"
         "job = create_training_setup(main.parse(['main', *sys.argv[2:]]).config, Timeline())\n"
@@ -479,7 +479,7 @@ def test_a_data_file_that_is_cut_short_is_told_and_made_again(
 def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from hccr_jax.data.workers import WorkerPool
+from hccr_jax.runtime.worker_pool import WorkerPool
 from tests_worker import die
 if __name__ == "__main__":
     with WorkerPool() as pool:

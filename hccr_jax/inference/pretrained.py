@@ -78,7 +78,7 @@ def load_pretrained(
                 f"{folder}: no checkpoint in this folder; give the --workdir of a run that has "
                 f"saved one, or its folder checkpoints"
             )
-        about = checkpoints.about(step)
+        about = checkpoints.metadata(step)
         trained, classes = config_lib.upgrade(about["config"])[0], tuple(about["classes"])
         if unknown := [key for key in trained.model if f"model.{key}" not in config_lib.RULES]:
             raise InputError(

@@ -1,4 +1,4 @@
-"""SHA-256 sums of a folder's files: what is read is what was written, or the damage has a name."""
+"""The seal of a checkpoint: SHA-256 sums of its files, written last, by which damage is found."""
 
 import hashlib
 import json
@@ -6,55 +6,59 @@ from pathlib import Path
 
 from hccr_jax.runtime.workdir import replace_text
 
-NAME = "manifest.json"
+SEAL = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the sums of all files below a folder into it; the last thing to be written there."""
+def write_seal(folder: Path) -> None:
+    """Writes the sums of all files below a folder into it, as the last file of a checkpoint."""
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in _files(folder)}
-    replace_text(folder / NAME, json.dumps(sums, indent=0, sort_keys=True) + "\n")
+    replace_text(folder / SEAL, _to_text(sums))
 
 
-def has(folder: Path) -> bool:
+def is_sealed(folder: Path) -> bool:
     """Returns whether a folder was finished."""
-    return (folder / NAME).is_file()
+    return (folder / SEAL).is_file()
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns what is wrong with a folder that has a manifest, or None.
+    """Returns how a folder differs from its seal, or None.
 
     Args:
-      folder: nobody writes to it.
+      folder: not being written to.
 
     Returns:
-      The first file that is not as it was, and how; "manifest.json: missing" where a folder was
-      never finished.
+      The first file that was changed, with the kind of change; "manifest.json: missing" for a
+      folder that was never finished.
     """
     try:
-        text = (folder / NAME).read_text(encoding="utf-8")
+        text = (folder / SEAL).read_text(encoding="utf-8")
         sums = json.loads(text)
-        if json.dumps(sums, indent=0, sort_keys=True) + "\n" != text:
-            return f"{NAME}: changed"
+        if _to_text(sums) != text:
+            return f"{SEAL}: changed"
     except FileNotFoundError:
-        return f"{NAME}: missing"
+        return f"{SEAL}: missing"
     except (OSError, ValueError) as error:
-        return f"{NAME}: {error}"
-    there = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    for name, wanted in sums.items():
-        if name not in there:
+        return f"{SEAL}: {error}"
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    for name, expected in sums.items():
+        if name not in files:
             return f"{name}: missing"
         try:
-            if _sum(there[name]) != wanted:
+            if _sum(files[name]) != expected:
                 return f"{name}: changed"
         except OSError as error:
             return f"{name}: {error.strerror}"
-    if new := sorted(there.keys() - sums.keys()):
-        return f"{new[0]}: not of this checkpoint"
+    if unknown := sorted(files.keys() - sums.keys()):
+        return f"{unknown[0]}: not of this checkpoint"
     return None
 
 
+def _to_text(sums: dict[str, str]) -> str:
+    return json.dumps(sums, indent=0, sort_keys=True) + "\n"
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
 
 
 def _sum(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax behind one small face."""
+"""The checkpoints of a run, saved and restored by Orbax, each sealed by checksums."""
 
 import concurrent.futures
 import json
@@ -19,26 +19,28 @@ from hccr_jax.runtime import checkpoint_seal, distributed
 
 BEST_METRIC = "top1"
 ASIDE = ".damaged"
+_METADATA = "about"  # the name on disk
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder; a context manager that waits for the last save.
 
-    A step holds named pytrees of arrays, each of which can be restored alone, its validation
-    metrics, and `about`, a JSON object that travels with them (the class list, the config). Saving
-    happens in the background; a step appears whole or not at all. Its last file is a manifest of
-    all others, and a step that does not agree with its manifest is passed over, by name.
+    A step holds named pytrees of arrays, each of which can be restored alone (an evaluation needs
+    no optimizer state), its validation metrics, and its metadata, a JSON object (the class list,
+    the config). Saving happens in the background; a step appears complete or not at all. Its last
+    file is its seal, the checksums of all others: Orbax commits atomically but restores flipped
+    bits without an error. A step that does not match its seal is reported and skipped.
     """
 
     def __init__(self, folder: str | Path, keep_latest: int = 0, keep_best: int = 0) -> None:
         """Opens the folder.
 
         Args:
-          folder: made if steps are to be saved; what a killed run left unfinished is removed then.
-          keep_latest: newest steps to keep; 0 opens the folder to read only, where a run may be
-            writing at the same time.
-          keep_best: steps of the highest validation top-1 to keep; while fewer have one, the newest
-            of the others fill their place.
+          folder: created for saving, when unfinished steps of a killed run are removed as well.
+          keep_latest: newest steps to keep; 0 opens the folder read-only, while a run may be
+            writing to it.
+          keep_best: steps of the highest validation top-1 to keep; if fewer have one, the newest
+            of the others take their place.
         """
         self.folder = Path(folder).absolute()
         self._keep = keep_latest, keep_best
@@ -46,7 +48,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._sound: dict[int, bool] = {}
+        self._intact: dict[int, bool] = {}
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
@@ -55,42 +57,42 @@ class Checkpoints:
         self,
         step: int,
         items: dict[str, Any],
-        about: dict[str, Any],
+        metadata: dict[str, Any],
         metrics: dict[str, float] | None,
     ) -> None:
         """Starts saving a step; returns once the arrays are copied.
 
         Args:
-          step: one that is there already is replaced.
+          step: an existing one is replaced.
           items: pytrees of arrays by name; empty ones are left out, since Orbax refuses them.
-          about: JSON object.
-          metrics: of the validation, with "top1"; None where there was none at this step.
+          metadata: JSON object.
+          metrics: of the validation, with "top1"; None without a validation at this step.
 
         Raises:
-          OSError: the save before, or this one, failed; its step does not exist.
+          OSError: the previous save, or this one, failed; its step does not exist.
         """
         self.wait()
         arguments: dict[str, Any] = {
             name: ocp.args.StandardSave(item)
             for name, item in items.items()
-            if jax.tree.leaves(item)  # Orbax refuses an empty one, as of a network without norms
+            if jax.tree.leaves(item)  # the batch statistics of a network without norms are empty
         }
-        arguments["about"] = ocp.args.JsonSave(about)
+        arguments[_METADATA] = ocp.args.JsonSave(metadata)
         arguments["metrics"] = ocp.args.JsonSave(metrics or {})
         try:
-            path, whole = self.folder / str(step), ocp.args.Composite(**arguments)
-            self._checkpointer.save(path, whole, force=True)
+            path, composite = self.folder / str(step), ocp.args.Composite(**arguments)
+            self._checkpointer.save(path, composite, force=True)
         except Exception as error:
             raise self._failure(step, error) from error
         self._saving = step, self._finisher.submit(self._finish, step)
 
     def check(self) -> None:
-        """Raises OSError where a save has failed since; does not wait for one under way."""
+        """Raises OSError if the last save has failed; does not wait for one in progress."""
         if self._saving and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
           OSError: it failed; its step does not exist.
@@ -104,42 +106,47 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def steps(self) -> list[int]:
-        """Returns the sound steps there are, ascending, once one under way is saved."""
+        """Returns the undamaged steps, ascending, after the save in progress."""
         self.wait()
-        return self._sound_steps()
+        return self._intact_steps()
 
     def best_step(self) -> int | None:
         """Returns the step of the highest validation top-1, or the latest if none was validated.
 
-        With several processes all must ask, in step, and get the first one's answer.
+        With several processes all must call it, in step; all get the primary process's result,
+        since a folder may look different to each while the primary one cleans it up.
         """
         return self._agree(lambda: max(self.steps(), key=self._rank, default=None))
 
     def latest_step(self) -> int | None:
-        """Returns the newest step, or None; asked as `best_step`."""
+        """Returns the newest step, or None; called like `best_step`."""
         return self._agree(lambda: max(self.steps(), default=None))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the validation metrics saved with a step; empty where there were none."""
+        """Returns the validation metrics saved with a step; empty if there were none."""
         return self._read(step, "metrics")
 
-    def about(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> dict[str, Any]:
         """Returns the JSON object saved with a step."""
-        return self._read(step, "about")
+        return self._read(step, _METADATA)
 
-    def restore(self, step: int, like: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
+    def restore(
+        self, step: int, abstract_items: dict[str, Any], sharding: Sharding
+    ) -> dict[str, Any]:
         """Returns items of a step, bit for bit as saved, placed as `sharding` says.
 
         Args:
           step: one of `steps()`.
-          like: for each item wanted, a pytree with the structure, shapes and dtypes to restore.
+          abstract_items: for each item to restore, a pytree with its structure, shapes and dtypes
+            (`jax.ShapeDtypeStruct` or arrays).
           sharding: of every array; may differ from that of the saving run.
 
         Raises:
-          InputError: the step holds other arrays than `like`.
+          InputError: the step holds other arrays than `abstract_items`.
         """
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_items,
         )
         arguments = {
             name: ocp.args.StandardRestore(item)
@@ -155,7 +162,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
-        return {name: restored[name] if name in arguments else like[name] for name in like}
+        return abstract_items | {name: restored[name] for name in arguments}
 
     def _agree(self, choose: Callable[[], int | None]) -> int | None:
         self.wait()
@@ -167,39 +174,39 @@ class Checkpoints:
         return self.metrics(step).get(BEST_METRIC, -math.inf), step
 
     def _finish(self, step: int) -> None:
-        """Seals a step once it is written, and only then removes the older ones."""
+        """Seals a step after it was written, and only then removes the older ones."""
         self._checkpointer.wait_until_finished()
         if not self._writes:
             return
-        checkpoint_seal.write_manifest(self.folder / str(step))
-        self._sound[step] = True
-        steps, (latest, best) = self._sound_steps(), self._keep
+        checkpoint_seal.write_seal(self.folder / str(step))
+        self._intact[step] = True
+        steps, (latest, best) = self._intact_steps(), self._keep
         ranked = sorted(steps, key=self._rank, reverse=True)
         for old in set(steps) - {*steps[-latest:], *ranked[:best]}:
             shutil.rmtree(self.folder / str(old))
 
-    def _sound_steps(self) -> list[int]:
-        return [step for step in find_steps(self.folder) if self._is_sound(step)]
+    def _intact_steps(self) -> list[int]:
+        return [step for step in find_steps(self.folder) if self._is_intact(step)]
 
-    def _is_sound(self, step: int) -> bool:
-        """Returns whether a step is as it was written; one that is not is named and put aside."""
-        if step not in self._sound:
+    def _is_intact(self, step: int) -> bool:
+        """Returns whether a step is as it was written; a damaged one is reported and renamed."""
+        if step not in self._intact:
             path = self.folder / str(step)
             damage = checkpoint_seal.find_damage(path)
-            self._sound[step] = damage is None
+            self._intact[step] = damage is None
             if damage:
-                print(f"{path}: damaged ({damage}): passed over", file=sys.stderr)
+                print(f"{path}: damaged ({damage}): skipped", file=sys.stderr)
                 if self._writes:
                     aside = path.with_name(path.name + ASIDE)
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
-        return self._sound[step]
+        return self._intact[step]
 
     def _remove_unfinished(self) -> None:
-        """Removes what a run that was killed while it saved has left behind."""
+        """Removes the steps that a run was saving when it was killed."""
         for path in self.folder.iterdir():
             if ocp.utils.is_tmp_checkpoint(path) or (
-                _is_step(path) and not checkpoint_seal.has(path)
+                _is_step(path) and not checkpoint_seal.is_sealed(path)
             ):
                 shutil.rmtree(path)
 
@@ -230,9 +237,11 @@ class Checkpoints:
 
 
 def find_steps(folder: Path) -> list[int]:
-    """Returns the finished steps in a folder, ascending; it may be missing."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if _is_step(path) and checkpoint_seal.has(path))
+    """Returns the finished steps in a folder, ascending; the folder need not exist."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(
+        int(path.name) for path in paths if _is_step(path) and checkpoint_seal.is_sealed(path)
+    )
 
 
 def _is_step(path: Path) -> bool:
@@ -240,7 +249,7 @@ def _is_step(path: Path) -> bool:
 
 
 def check_classes(saved: Sequence[str], current: Sequence[str], source: str | Path) -> None:
-    """Checks that a checkpoint and a data set mean the same characters by the same numbers.
+    """Checks that a checkpoint and a data set have the same classes in the same order.
 
     Raises:
       InputError: names the checkpoint and the first difference.

@@ -268,7 +268,7 @@ def _restore(job: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
     step = checkpoints.latest_step()
     if step is None:
         return job.initial
-    check_classes(checkpoints.about(step)["classes"], job.train.classes, checkpoints.folder)
+    check_classes(checkpoints.metadata(step)["classes"], job.train.classes, checkpoints.folder)
     like = _items(job.initial, job.initial.batch_stats)
     items = checkpoints.restore(step, like, sharding.replicated(job.network.mesh))
     print(f"resuming at step {step}")

@@ -14,7 +14,7 @@ import pytest
 
 from hccr_jax import main
 from hccr_jax.report import run_report
-from hccr_jax.runtime.checkpoint_seal import write_manifest
+from hccr_jax.runtime.checkpoint_seal import write_seal
 
 ROOT = Path(__file__).parents[2]
 V2 = f"--config={ROOT / 'configs' / 'v2.py'}"
@@ -244,7 +244,7 @@ def test_checkpoint_of_another_class_list(
         assert about["classes"] == ["丁", "七", "三", "上", "万", "下", "一", "丈"]
         about["classes"][2] = "叁"
         path.write_text(json.dumps(about), "utf-8")
-        write_manifest(path.parents[1])
+        write_seal(path.parents[1])
     before = tree(run_folder)
     for flags in (["--mode=eval"], ["--config.num_steps=9"]):
         line = refused(capsys, *tiny_job, *flags, f"--workdir={run_folder}")

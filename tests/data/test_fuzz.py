@@ -195,7 +195,7 @@ def test_damaged_zips(tmp_path: Path, cases: int) -> None:
 PAPER = pack_record(b"\xb0\xa1", np.full((4096, 4096), 255, np.uint8))
 READ_WITH_LITTLE_MEMORY = """
 import resource, sys
-from hccr_jax.data import archives
+from hccr_jax.data.casia import archives
 from hccr_jax.errors import InputError
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (192 << 20)

@@ -312,7 +312,7 @@ def test_two_processes_may_ask_for_a_new_split_at_once(prepared: Path) -> None:
 
 def test_neither_jax_nor_tensorflow_is_imported(prepared: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from hccr_jax.data import prepare\n"
+        "import sys; from hccr_jax.cli import prepare\n"
         "if __name__ == '__main__':\n"
         "  assert not {'jax', 'tensorflow_datasets'} & set(sys.modules)\n"
         "  assert prepare.main(sys.argv) == 0\n"

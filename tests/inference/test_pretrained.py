@@ -19,7 +19,7 @@ from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network
 from hccr_jax.inference.pretrained import Pretrained, load_pretrained
 from hccr_jax.inference.steps import to_float
-from hccr_jax.runtime.checkpoint_seal import write_manifest
+from hccr_jax.runtime.checkpoint_seal import write_seal
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train.init_from import describe_start, start_from
@@ -72,7 +72,7 @@ def test_a_run_of_a_version_with_other_networks_is_told(
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     about = copy / "checkpoints/4/about/metadata"
     about.write_text(about.read_text("utf-8").replace('"width"', '"girth"'), "utf-8")
-    write_manifest(about.parents[1])
+    write_seal(about.parents[1])
     with pytest.raises(InputError, match=r"copy/checkpoints/4: written by another .* option girth"):
         load_pretrained(copy, parse(tiny_job))
 

@@ -1,4 +1,4 @@
-"""Checkpoints on real folders: what goes in comes out, what must stay stays."""
+"""Checkpoints on real folders: bit-exact round trips, retention, damage."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ from hccr_jax.runtime.checkpoint_seal import find_damage
 from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
 from hccr_jax.train import optim
 
-ABOUT = {"classes": ["啊", "阿"], "config": {"batch_size": 8, "model": {"name": "mobilenet_v1"}}}
+METADATA = {"classes": ["啊", "阿"], "config": {"batch_size": 8, "model": {"name": "mobilenet_v1"}}}
 
 
 def on_devices(tree: Any) -> Any:
@@ -27,7 +27,7 @@ def on_devices(tree: Any) -> Any:
 
 
 def some_items(seed: int = 0) -> dict[str, Any]:
-    """Returns what a run saves, in small: odd bit patterns, scalars and optimiser states."""
+    """Returns small items like a run's: unusual bit patterns, scalars and optimizer states."""
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 2**32, 600, np.uint32).view(np.float32).reshape(20, 30)
     params = {
@@ -51,18 +51,18 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 
 def save(folder: Path, scores: list[float | None], latest: int, best: int) -> None:
-    """Saves steps 1, 2, … of the given validation top-1."""
+    """Saves steps 1, 2, … with the given validation top-1."""
     with Checkpoints(folder, keep_latest=latest, keep_best=best) as checkpoints:
         start = (checkpoints.latest_step() or 0) + 1
         for step, score in enumerate(scores, start):
             items = on_devices({"params": {"w": jnp.full(4, float(step))}})
-            checkpoints.save(step, items, ABOUT, None if score is None else {"top1": score})
+            checkpoints.save(step, items, METADATA, None if score is None else {"top1": score})
 
 
-def test_a_network_without_batch_statistics_comes_back(tmp_path: Path) -> None:
+def test_a_network_without_batch_statistics_is_restored(tmp_path: Path) -> None:
     saved = some_items() | {"eval_batch_stats": {}}
     with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
-        checkpoints.save(1, saved, ABOUT, {"top1": 0.5})
+        checkpoints.save(1, saved, METADATA, {"top1": 0.5})
         restored = checkpoints.restore(1, saved, sharding.replicated(sharding.create_mesh()))
     assert_same_bits(restored, saved)
 
@@ -75,12 +75,12 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     items, everywhere = some_items(), sharding.replicated(sharding.create_mesh())
     scores = {"top1": 0.1, "loss": 1 / 3}
     with Checkpoints(tmp_path / "c", keep_latest=1) as checkpoints:
-        checkpoints.save(7, items, ABOUT, scores)
-    like = jax.tree.map(jnp.zeros_like, items)
+        checkpoints.save(7, items, METADATA, scores)
+    abstract = jax.eval_shape(lambda: items)
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.steps() == [7]
-        restored = checkpoints.restore(7, like, everywhere)
-        assert checkpoints.about(7) == ABOUT
+        restored = checkpoints.restore(7, abstract, everywhere)
+        assert checkpoints.metadata(7) == METADATA
         assert checkpoints.metrics(7) == scores
     assert_same_bits(restored, items)
     assert restored["progress"]["step"].dtype == jnp.int32
@@ -92,7 +92,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
 def test_one_item_can_be_restored_alone_and_on_fewer_devices(tmp_path: Path) -> None:
     items = some_items()
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
-        checkpoints.save(1, items, ABOUT, None)
+        checkpoints.save(1, items, METADATA, None)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(1, {"params": items["params"]}, one)
@@ -105,11 +105,11 @@ def test_saved_values_are_those_of_the_call(tmp_path: Path) -> None:
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     tree = on_devices({"w": jnp.zeros((1000, 1000))})
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
-        checkpoints.save(1, {"params": tree}, ABOUT, None)
+        checkpoints.save(1, {"params": tree}, METADATA, None)
         for _ in range(20):
             tree = step(tree)
-        like = {"params": jax.tree.map(jnp.zeros_like, tree)}
-        restored = checkpoints.restore(checkpoints.steps()[0], like, tree["w"].sharding)
+        abstract = jax.eval_shape(lambda: {"params": tree})
+        restored = checkpoints.restore(checkpoints.steps()[0], abstract, tree["w"].sharding)
     assert float(jnp.abs(restored["params"]["w"]).max()) == 0.0
 
 
@@ -128,13 +128,13 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
         assert checkpoints.metrics(10) == {}
 
 
-def test_the_best_is_known_while_a_save_is_under_way(tmp_path: Path) -> None:
+def test_the_best_step_is_known_during_a_save(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep_latest=5, keep_best=1) as checkpoints:
         for step, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
             params = on_devices({"w": jnp.zeros((1000, 1000))})
-            checkpoints.save(step, {"params": params}, ABOUT, {"top1": score})
+            checkpoints.save(step, {"params": params}, METADATA, {"top1": score})
             assert checkpoints.best_step() == min(step, 2)
-            assert checkpoints.about(checkpoints.steps()[-1]) == ABOUT
+            assert checkpoints.metadata(checkpoints.steps()[-1]) == METADATA
 
 
 def test_without_a_validation_the_latest_is_the_best(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_step", [2, 3])
-def test_what_a_killed_save_left_goes_with_the_next_save(tmp_path: Path, killed_step: int) -> None:
+def test_an_unfinished_step_is_removed_by_the_next_save(tmp_path: Path, killed_step: int) -> None:
     save(tmp_path, [0.5], latest=2, best=1)
     left = tmp_path / f"{killed_step}.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "1", left)
@@ -172,9 +172,9 @@ def test_other_arrays_are_refused(tmp_path: Path) -> None:
         "parameters": {"parameters": {"w": jnp.zeros(4)}},
     }
     with Checkpoints(tmp_path) as checkpoints:
-        for reason, like in others.items():
+        for reason, abstract in others.items():
             with pytest.raises(InputError, match=reason) as caught:
-                checkpoints.restore(1, like, everywhere)
+                checkpoints.restore(1, abstract, everywhere)
             text = str(caught.value)
             assert text.startswith(f"{tmp_path / '1'}: not a checkpoint of this network: ")
             assert "\n" not in text
@@ -200,7 +200,7 @@ def replace(path: Path, data: bytes | None) -> None:
 
 def test_damage_to_any_file_is_found(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
-        checkpoints.save(1, some_items(), ABOUT, {"top1": 0.5})
+        checkpoints.save(1, some_items(), METADATA, {"top1": 0.5})
     step = tmp_path / "1"
     assert find_damage(step) is None
     files = [path for path in step.rglob("*") if path.is_file()]
@@ -229,7 +229,7 @@ def test_damage_to_any_file_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["about/metadata", "params/_METADATA", "manifest.json"])
-def test_a_damaged_step_is_named_and_passed_over(
+def test_a_damaged_step_is_reported_and_skipped(
     tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, [0.5, 0.6, 0.4], latest=3, best=1)
@@ -238,18 +238,18 @@ def test_a_damaged_step_is_named_and_passed_over(
         path.write_bytes(path.read_bytes()[:-9] + bytes(9))
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (1, 1)
-        assert checkpoints.about(1) == ABOUT
-    said = capfd.readouterr().err
+        assert checkpoints.metadata(1) == METADATA
+    reported = capfd.readouterr().err
     for step in (2, 3):
-        assert f"{tmp_path / str(step)}: damaged ({name}: " in said
-    assert steps_on_disk(tmp_path) == [1, 2, 3], "who reads changes nothing"
-    save(tmp_path, [0.7], latest=3, best=1)  # step 2 anew: the damaged ones are out of the way
+        assert f"{tmp_path / str(step)}: damaged ({name}: " in reported
+    assert steps_on_disk(tmp_path) == [1, 2, 3], "reading changes nothing"
+    save(tmp_path, [0.7], latest=3, best=1)  # step 2 again: the damaged ones were renamed
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2]
     assert (tmp_path / "3.damaged" / name).exists()
 
 
-def test_a_step_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
+def test_a_step_without_a_seal_was_never_finished(tmp_path: Path) -> None:
     save(tmp_path, [0.5, 0.6], latest=2, best=1)
     (tmp_path / "2" / "manifest.json").unlink()
     with Checkpoints(tmp_path) as checkpoints:
@@ -258,12 +258,12 @@ def test_a_step_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
     assert steps_on_disk(tmp_path) == [1, 2]
 
 
-def test_a_failed_save_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     size = 1 << 20
     code = f"""
 import resource, sys
 import jax.numpy as jnp
-from hccr_jax.checkpoint import Checkpoints
+from hccr_jax.runtime.checkpoints import Checkpoints
 with Checkpoints(sys.argv[1], keep_latest=2) as checkpoints:
     checkpoints.save(1, {{"params": {{"w": jnp.zeros(9)}}}}, {{}}, None)
     checkpoints.wait()

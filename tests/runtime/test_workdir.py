@@ -14,7 +14,7 @@ from hccr_jax.runtime.workdir import check_room, check_writable, only_writer
 HOLD = """
 import sys, time
 from pathlib import Path
-from hccr_jax.workdir import only_writer
+from hccr_jax.runtime.workdir import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
