@@ -36,36 +36,32 @@ pytestmark = pytest.mark.faults
 
 OFTEN = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=20"]
 
-# Runs the main job, and kills it when a function of it is called for the nth time.
+# Runs a training, and kills it when it reaches a fail point for the nth time.
 KILL = """
-import importlib, os, signal, sys
+import os, signal, sys
 from hccr_jax import main
-owner, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner, _, kind = owner.partition(":")
-owner = importlib.import_module(owner)
-owner = getattr(owner, kind) if kind else owner
-original, count = getattr(owner, name), 0
-def counting(*args, **options):
+from hccr_jax.runtime import failpoints
+name, last, count = sys.argv[1], int(sys.argv[2]), 0
+def kill(reached):
     global count
-    count += 1
-    if count == calls:
+    count += reached == name
+    if count == last:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **options)
-setattr(owner, name, counting)
-main.main(["main", *sys.argv[4:]])
+failpoints.on_reach = kill
+main.main(["main", *sys.argv[3:]])
 """
-# Where, and at which call: from before the first step to after the last.
+# Each fail point, and how often it is reached: from before the first step to after the last.
 KILL_POINTS = {
-    "while the network is made": ("hccr_jax.train.setup", "create_network", 1),
-    "before compiling": ("hccr_jax.train.loop", "_compile", 1),
-    "after the first step": ("hccr_jax.train.loop", "_write_augmented_sheet", 1),
-    "between steps": ("hccr_jax.train.loop", "_mean", 3),
-    "before an evaluation": ("hccr_jax.train.loop", "_fresh_statistics", 1),
-    "in an evaluation": ("hccr_jax.train.loop", "_validate", 2),
-    "before a save": ("hccr_jax.runtime.checkpoints:Checkpoints", "save", 3),
-    "between a save and its seal": ("hccr_jax.runtime.checkpoint_seal", "write_seal", 3),
-    "before an old step is removed": ("shutil", "rmtree", 1),
-    "while results are written": ("hccr_jax.evaluation.final", "_write_results", 1),
+    "while the network is made": 1,
+    "before compiling": 1,
+    "after the first step": 1,
+    "between steps": 3,
+    "before an evaluation": 1,
+    "in an evaluation": 2,
+    "before a save": 3,
+    "between a save and its seal": 3,
+    "before an old step is removed": 1,
+    "while results are written": 1,
 }
 
 
@@ -85,11 +81,11 @@ def undisturbed(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_kill_at_a_named_point_costs_no_bit(
+def test_a_kill_at_a_fail_point_costs_no_bit(
     tiny_job: list[str], tmp_path: Path, undisturbed: Path, point: str
 ) -> None:
     flags = [*tiny_job, *OFTEN, "--config.num_steps=40"]
-    command = [sys.executable, "-c", KILL, *map(str, KILL_POINTS[point])]
+    command = [sys.executable, "-c", KILL, point, str(KILL_POINTS[point])]
     killed = subprocess.run(
         [*command, *flags, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
@@ -267,20 +263,25 @@ def test_a_checkpoint_moves_between_eight_one_and_four_devices(
     complete([*flags, "--config.num_steps=2"], tmp_path, devices=8)
     first = saved(tmp_path, 2)
     move = (
-        "import sys; from pathlib import Path; from hccr_jax import main; from hccr_jax.runtime import sharding\n"
-        "from hccr_jax.checkpoint import Checkpoints; from hccr_jax.job import create_training_setup\n"
+        "import sys; from pathlib import Path; from hccr_jax import main\n"
+        "from hccr_jax.runtime import sharding\n"
+        "from hccr_jax.runtime.checkpoints import Checkpoints\n"
         "from hccr_jax.runtime.startup import Timeline\n"
-        "from hccr_jax.train import _about, _items, _restore\n"
+        "from hccr_jax.train import saved_state\n"
+        "from hccr_jax.train.setup import create_training_setup\n"
         "folder = Path(sys.argv[1]) / 'checkpoints'\n"
-        "job = create_training_setup(main.parse(['main', *sys.argv[2:]]).config, Timeline())\n"
+        "config = main.parse(['main', *sys.argv[2:]]).config\n"
+        "setup = create_training_setup(config, Timeline())\n"
         "with Checkpoints(folder, 5, 5) as checkpoints:\n"
-        "    state = _restore(job, checkpoints)\n"
+        "    state = saved_state.restore_state(setup, checkpoints)\n"
+        "    step = int(state.step)\n"
         "    averages = checkpoints.restore(\n"
-        "        int(state.step), {'eval_batch_stats': state.batch_stats},\n"
-        "        sharding.replicated(job.network.mesh),\n"
+        "        step, {'eval_batch_stats': state.batch_stats},\n"
+        "        sharding.replicated(setup.network.mesh),\n"
         "    )['eval_batch_stats']\n"
-        "    items = _items(state, averages)\n"
-        "    checkpoints.save(int(state.step), items, _about(job), {'top1': 0.5})\n"
+        "    items = saved_state.checkpoint_items(state, averages)\n"
+        "    metadata = saved_state.checkpoint_metadata(setup)\n"
+        "    checkpoints.save(step, items, metadata, {'top1': 0.5})\n"
     )
     for devices in (1, 4):
         subprocess.run(

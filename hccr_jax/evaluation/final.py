@@ -23,6 +23,7 @@ from hccr_jax.models.functional import expose_features
 from hccr_jax.report import image_grids, plots, run_report
 from hccr_jax.runtime import distributed, run_log
 from hccr_jax.runtime.checkpoints import check_classes
+from hccr_jax.runtime.failpoints import failpoint
 from hccr_jax.runtime.workdir import replace_text
 
 
@@ -178,6 +179,7 @@ def _write_results(
     workdir: Path, results: dict[str, Any], answers: Predictions, split: Split
 ) -> None:
     replace_text(workdir / "eval.json", json.dumps(results, indent=2) + "\n")
+    failpoint("while results are written")
     if answers.candidates.shape[1] == 5:  # fewer than five classes give no such sheet
         image_grids.write_mistakes(
             workdir,

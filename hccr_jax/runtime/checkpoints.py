@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 
 from hccr_jax.errors import InputError
 from hccr_jax.runtime import checkpoint_seal, distributed
+from hccr_jax.runtime.failpoints import failpoint
 
 BEST_METRIC = "top1"
 ASIDE = ".damaged"
@@ -178,11 +179,13 @@ class Checkpoints:
         self._checkpointer.wait_until_finished()
         if not self._writes:
             return
+        failpoint("between a save and its seal")
         checkpoint_seal.write_seal(self.folder / str(step))
         self._intact[step] = True
         steps, (latest, best) = self._intact_steps(), self._keep
         ranked = sorted(steps, key=self._rank, reverse=True)
         for old in set(steps) - {*steps[-latest:], *ranked[:best]}:
+            failpoint("before an old step is removed")
             shutil.rmtree(self.folder / str(old))
 
     def _intact_steps(self) -> list[int]:

@@ -1,10 +1,9 @@
-"""The main job: train or fit, evaluate and save."""
+"""The training loop: train or fit, evaluate and save."""
 
 import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,21 +25,23 @@ from hccr_jax.inference.pretrained import find_checkpoints, load_pretrained, set
 from hccr_jax.inference.steps import to_float
 from hccr_jax.report import image_grids, plots
 from hccr_jax.runtime import distributed, sharding, signals, watchdog
-from hccr_jax.runtime.checkpoints import Checkpoints, check_classes, find_steps
+from hccr_jax.runtime.checkpoints import Checkpoints, find_steps
+from hccr_jax.runtime.failpoints import failpoint
 from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.run_log import MetricsWriter
 from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.startup import Timeline
-from hccr_jax.runtime.workdir import check_room, check_writable, only_writer, replace_text
+from hccr_jax.runtime.workdir import check_room, check_writable, only_writer
 from hccr_jax.train.fit_mqdf import fit_mqdf
 from hccr_jax.train.input_pipeline import Chunk, chunk_lengths
+from hccr_jax.train.saved_state import checkpoint_items, checkpoint_metadata, restore_state
 from hccr_jax.train.setup import TrainingSetup, attach_mqdf, create_training_setup
 from hccr_jax.train.state import TrainState
-from hccr_jax.train.step import NEVER
+from hccr_jax.train.step_log import StepLog
 
 SHEET_IMAGES = 24
 REDRAW_SECONDS = 60  # between drawings of the curves; the end draws them as well
-CHECKPOINT_FACTOR = 2  # times a state's size that a save may take: the new step beside the old one
+CHECKPOINT_FACTOR = 2  # times a state's size that a save may take: the old step stays until then
 
 
 def train_and_evaluate(
@@ -58,7 +59,7 @@ def train_and_evaluate(
       timeline: of the process so far; printed, with what follows, after the first step.
 
     Returns:
-      What eval.json holds.
+      The contents of eval.json.
 
     Raises:
       InputError: the config, the data or the checkpoint does not fit.
@@ -66,31 +67,31 @@ def train_and_evaluate(
       OSError: a checkpoint could not be saved.
       SystemExit: with code 143, stopped by a signal after saving.
     """
-    check_writable(workdir)  # first what needs no data: their normal form takes minutes
+    check_writable(workdir)  # what needs no data comes first: normalising them takes minutes
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
         config_lib.check_resume(config, workdir / "config.json")
     with _writing(workdir):
         resumes = _can_resume(workdir / "checkpoints")
-        starts = {"teacher.checkpoint": config.teacher.checkpoint}
+        sources = {"teacher.checkpoint": config.teacher.checkpoint}
         if not resumes:
-            starts["init_from"] = config.init_from
-        for key, path in starts.items():
+            sources["init_from"] = config.init_from
+        for key, path in sources.items():
             if path:
                 find_checkpoints(path, f"config.{key}=")
         timeline = timeline or Timeline()
-        job = create_training_setup(config, timeline, resumes)
+        setup = create_training_setup(config, timeline, resumes)
         if distributed.is_primary():
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(job.initial))
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial))
             check_room(workdir, CHECKPOINT_FACTOR * size)
             config_lib.save(config, workdir / "config.json")
-        kept = config.checkpoint.keep_latest, config.checkpoint.keep_best
+        keep = config.checkpoint.keep_latest, config.checkpoint.keep_best
         with watchdog.watching(config.watchdog_seconds):
-            with Checkpoints(workdir / "checkpoints", *kept) as checkpoints:
+            with Checkpoints(workdir / "checkpoints", *keep) as checkpoints:
                 learn = fit if config.model.name == "mqdf" else train
-                learn(job, workdir, checkpoints, timeline)
+                learn(setup, workdir, checkpoints, timeline)
             return run_final_evaluation(
-                load_pretrained(workdir, config, job.network), job.test, workdir
+                load_pretrained(workdir, config, setup.network), setup.test, workdir
             )
 
 
@@ -100,14 +101,13 @@ def evaluate_checkpoint(
     """Evaluates a run's best checkpoint on the test split.
 
     Args:
-      config: tells the data; the network and the images' size are the checkpoint's own, but a
-        `model.mqdf_weight` above 0 is taken from here, and adds the classical recogniser where the
-        network has none beside it.
+      config: for the data. The network and the images' size are the checkpoint's own, but a
+        `model.mqdf_weight` above 0 is taken from here, and ensembles a network alone with MQDF.
       workdir: gets eval.json, plots/ and report.html.
       checkpoint: folder of checkpoints, or of a run; None for the workdir's own.
 
     Returns:
-      What eval.json holds.
+      The contents of eval.json.
 
     Raises:
       InputError: there is no checkpoint, or it was trained on another class list.
@@ -126,85 +126,91 @@ def evaluate_checkpoint(
         return run_final_evaluation(pretrained, split, workdir)
 
 
-def train(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
-    """Runs the steps that are left; inside the loop: log, evaluate, save, only then go on."""
-    config, steps = job.config, job.steps
-    state = _restore(job, checkpoints)
-    step = int(state.step)
-    # A run that was to end while it evaluated has saved its step without the scores.
-    owes_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
-    if step >= steps.total and not owes_scores:
+def train(
+    setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline
+) -> None:
+    """Runs the remaining steps.
+
+    The order inside the loop must not change: log, evaluate, save, only then go on. Logging ends a
+    run whose numbers are not finite before they are saved; a step is saved with its scores; and a
+    run that is stopped resumes after the very step that it saved.
+    """
+    config, steps = setup.config, setup.steps
+    state = restore_state(setup, checkpoints)
+    first_step = step = int(state.step)
+    # A run that was stopped during its evaluation has saved the step without the scores.
+    lacks_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
+    if step >= steps.total and not lacks_scores:
         return
     if distributed.is_primary():
-        (workdir / "eval.json").unlink(missing_ok=True)  # it would tell of a shorter run
-    calls, train_chunk = _prepare(job, state, timeline)
-    pending: list[dict[str, jax.Array]] = []
-    with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as asked:
-        leaves = sharding.make_any_process(asked, job.network.mesh)
-        keep = functools.partial(_keep, job, workdir, checkpoints, writer, leaves)
-        if owes_scores and not keep(step, state, True):
+        (workdir / "eval.json").unlink(missing_ok=True)  # of a shorter run
+    chunks, train_chunk = _prepare(setup, state, timeline)
+    with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as stop_requested:
+        should_stop = sharding.make_any_process(stop_requested, setup.network.mesh)
+        save = functools.partial(
+            evaluate_and_save, setup, workdir, checkpoints, writer, should_stop
+        )
+        if lacks_scores and not save(step, state, evaluates=True):
             sys.exit(signals.EXIT_CODE)
-        logged, clock, is_first = step, time.monotonic(), True
-        watchdog.beat("the first call", watchdog.SLOW)
-        for call in calls:
-            state, sums = train_chunk(
-                state, np.int32(call.num_steps), call.arrays, *job.teacher_variables
+        log = StepLog(setup, workdir, writer, step)
+        watchdog.beat("the first chunk", watchdog.SLOW)
+        for chunk in chunks:
+            state, metric_sums = train_chunk(
+                state, np.int32(chunk.num_steps), chunk.arrays, *setup.teacher_variables
             )
-            if is_first:
-                is_first = False
-                jax.block_until_ready(sums)
+            if step == first_step:
+                jax.block_until_ready(metric_sums)
                 timeline.lap("first call")
                 print(timeline)
-                start = time.monotonic()
-                _write_augmented_sheet(job, workdir)
-                clock += time.monotonic() - start  # no part of the images a second
-            step += call.num_steps
-            jax.block_until_ready(pending[-1:])  # the host is one call ahead, no more
-            pending.append(sums)
+                failpoint("after the first step")
+                with log.stopped_clock():
+                    _write_augmented_sheet(setup, workdir)
+            step += chunk.num_steps
+            log.add(metric_sums)
             watchdog.beat(f"the steps after {step:,}")
             checkpoints.check()
-            leaving = leaves()  # asked once: between saving and leaving no step may be lost
+            stops = should_stop()  # called once: no step may come between saving and stopping
             evaluates = steps.evaluates(step)
-            saves = evaluates or leaving or step % config.checkpoint.every_steps == 0
+            saves = evaluates or stops or step % config.checkpoint.every_steps == 0
             if saves or step % config.log_every_steps == 0:
-                row = _mean(pending, step - logged)
-                _check_finite(job, workdir, row, step)  # before anything is saved
-                now = time.monotonic()
-                row["images_per_second"] = (step - logged) * config.batch_size / (now - clock)
-                row["train/seconds"] = now - clock
-                row["learning_rate"] = float(job.schedule(step - 1))
-                pending, logged, clock = [], step, now
-                writer.write(step, row)
+                failpoint("between steps")
+                log.write(step)
             if saves:
-                if not keep(step, state, evaluates and not leaving) or leaving:
+                if not save(step, state, evaluates=evaluates and not stops) or stops:
                     sys.exit(signals.EXIT_CODE)
                 watchdog.beat(f"the steps after {step:,}")
-                clock = time.monotonic()
+                log.start_clock()
         checkpoints.wait()
 
 
-def _keep(
-    job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
-    leaves: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
+def evaluate_and_save(
+    setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
+    should_stop: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
 ) -> bool:  # fmt: skip
-    """Saves a step, evaluated first where asked for; returns whether the run is to go on."""
+    """Evaluates the state if it is due, saves it, and returns whether the run may go on.
+
+    It may not where it was to stop during the evaluation; the step is then saved without scores.
+    """
     watchdog.beat(f"evaluating and saving step {step:,}", watchdog.SLOW)
-    start, scores, statistics = time.monotonic(), None, state.batch_stats
-    stays = True
+    start, scores, batch_stats, goes_on = time.monotonic(), None, state.batch_stats, True
     if evaluates:
+        failpoint("before an evaluation")
         try:
-            statistics = _fresh_statistics(job, state)
-            scores = _validate(job, state, statistics, leaves)
+            batch_stats = _fresh_batch_stats(setup, state)
+            failpoint("in an evaluation")
+            scores = _validate(setup, state, batch_stats, should_stop)
             row = {f"eval/{name}": score for name, score in scores.items()}
             writer.write(step, row | {"eval/seconds": time.monotonic() - start})
         except signals.Stopped:
-            stays, statistics = False, state.batch_stats
-    checkpoints.save(step, _items(state, statistics), _about(job), scores)
+            goes_on, batch_stats = False, state.batch_stats
+    failpoint("before a save")
+    items = checkpoint_items(state, batch_stats)
+    checkpoints.save(step, items, checkpoint_metadata(setup), scores)
     if distributed.is_primary() and _is_old(workdir / "plots" / "loss.png"):
         plots.write_curves(workdir)
-    if not stays:
+    if not goes_on:
         checkpoints.wait()
-    return stays
+    return goes_on
 
 
 def _is_old(picture: Path) -> bool:
@@ -213,86 +219,37 @@ def _is_old(picture: Path) -> bool:
 
 
 def _prepare(
-    job: TrainingSetup, state: TrainState, timeline: Timeline
+    setup: TrainingSetup, state: TrainState, timeline: Timeline
 ) -> tuple[Iterator[Chunk], Callable[..., Any]]:
-    """Returns the calls that are left, and the compiled training program."""
-    config, steps = job.config, job.steps
+    """Returns the remaining chunks, and the compiled training program."""
+    config, steps, batches = setup.config, setup.steps, setup.batches
     every = [config.log_every_steps, steps.eval_every, config.checkpoint.every_steps]
-    lengths = list(chunk_lengths(int(state.step), steps.total, job.batches.max_steps, every))
+    lengths = list(chunk_lengths(int(state.step), steps.total, batches.max_steps, every))
     if not lengths:
-        return iter(()), job.train_chunk
-    calls = job.batches.chunks(int(state.step), lengths)
-    head = next(calls)
+        return iter(()), setup.train_chunk
+    chunks = batches.chunks(int(state.step), lengths)
+    head = next(chunks)
     timeline.lap("first batch")
-    train_chunk = _compile(job, state, head)
+    failpoint("before compiling")
+    train_chunk = _compile(setup, state, head)
     timeline.lap("compile")
-    return itertools.chain([head], calls), train_chunk
+    return itertools.chain([head], chunks), train_chunk
 
 
-def fit(job: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
-    """Fits the classical recogniser to the batches of the whole run and saves its last step."""
-    config, network, total = job.config, job.network, job.steps.total
-    if (checkpoints.latest_step() or 0) >= total:
-        return
-    print(network.summary)
-    _write_augmented_sheet(job, workdir)
-    start = time.monotonic()
-    params = fit_mqdf(network.params, job.batches, total, job.augment, job.validation)
-    seconds = time.monotonic() - start
-    timeline.lap("fit")
-    print(timeline)
-    scores = _validate(job, dataclasses.replace(job.initial, params=params), network.batch_stats)
-    row = {f"eval/{name}": score for name, score in scores.items()}
-    with MetricsWriter(workdir, 0, total) as writer:
-        writer.write(total, {"images_per_second": total * config.batch_size / seconds, **row})
-    items = {"params": params, "eval_batch_stats": network.batch_stats}
-    checkpoints.save(total, items, _about(job), scores)
-
-
-def _about(job: TrainingSetup) -> dict[str, Any]:
-    """Returns what travels with a checkpoint's arrays."""
-    return {"classes": list(job.train.classes), "config": job.config.to_dict()}
-
-
-def _items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:
-    """Returns what a checkpoint holds, by name."""
-    progress = {"step": state.step, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
-    if state.average_params is not None:
-        progress["params"] = state.params
-    items = {"params": state.eval_params, "eval_batch_stats": eval_batch_stats}
-    return items | {"progress": progress}
-
-
-def _restore(job: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
-    """Returns the state of the newest checkpoint, or the initial one."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return job.initial
-    check_classes(checkpoints.metadata(step)["classes"], job.train.classes, checkpoints.folder)
-    like = _items(job.initial, job.initial.batch_stats)
-    items = checkpoints.restore(step, like, sharding.replicated(job.network.mesh))
-    print(f"resuming at step {step}")
-    if job.initial.average_params is None:
-        params = {"params": items["params"]}
-    else:
-        params = {"average_params": items["params"]}
-    return TrainState(seed=job.initial.seed, **params, **items["progress"])
-
-
-def _compile(job: TrainingSetup, state: TrainState, call: Chunk) -> Callable[..., Any]:
-    """Compiles the training program ahead of the loop and says what the run is and needs."""
-    config = job.config
-    print(job.network.summary)
+def _compile(setup: TrainingSetup, state: TrainState, chunk: Chunk) -> Callable[..., Any]:
+    """Compiles the training program ahead of the loop; prints what the run is and needs."""
+    config, train, steps = setup.config, setup.train, setup.steps
+    print(setup.network.summary)
     print(
-        f"{config.model.name}, {len(job.train.classes):,} classes; "
-        f"{len(job.train.labels):,} images of {len(set(job.train.writers)):,} writers; "
-        f"{job.steps.total:,} steps of {config.batch_size} ({job.steps.per_epoch:,} an epoch) on "
-        f"{job.network.mesh.size} × {jax.devices()[0].device_kind}, "
-        f"{job.batches.max_steps} a call, data: {job.batches.name}"
+        f"{config.model.name}, {len(train.classes):,} classes; "
+        f"{len(train.labels):,} images of {len(set(train.writers)):,} writers; "
+        f"{steps.total:,} steps of {config.batch_size} ({steps.per_epoch:,} an epoch) on "
+        f"{setup.network.mesh.size} × {jax.devices()[0].device_kind}, "
+        f"{setup.batches.max_steps} per execution, data: {setup.batches.name}"
     )
     start = time.monotonic()
-    compiled = job.train_chunk.lower(
-        state, np.int32(call.num_steps), call.arrays, *job.teacher_variables
+    compiled = setup.train_chunk.lower(
+        state, np.int32(chunk.num_steps), chunk.arrays, *setup.teacher_variables
     ).compile()
     memory = compiled.memory_analysis()
     needs = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
@@ -300,17 +257,38 @@ def _compile(job: TrainingSetup, state: TrainState, call: Chunk) -> Callable[...
     return compiled
 
 
-def _fresh_statistics(job: TrainingSetup, state: TrainState) -> Any:
-    """Returns batch-norm statistics to evaluate with: taken anew, or the running averages."""
-    config = job.config
-    averages, mine = state.batch_stats, process_rows(config.batch_size)
+def fit(setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline: Timeline) -> None:
+    """Fits MQDF to the batches of the whole run, evaluates it and saves it as the last step."""
+    config, network, total = setup.config, setup.network, setup.steps.total
+    if (checkpoints.latest_step() or 0) >= total:
+        return
+    print(network.summary)
+    _write_augmented_sheet(setup, workdir)
+    start = time.monotonic()
+    params = fit_mqdf(network.params, setup.batches, total, setup.augment, setup.validation)
+    seconds = time.monotonic() - start
+    timeline.lap("fit")
+    print(timeline)
+    state = dataclasses.replace(setup.initial, params=params)
+    scores = _validate(setup, state, network.batch_stats)
+    row = {f"eval/{name}": score for name, score in scores.items()}
+    with MetricsWriter(workdir, 0, total) as writer:
+        writer.write(total, {"images_per_second": total * config.batch_size / seconds, **row})
+    items = {"params": params, "eval_batch_stats": network.batch_stats}
+    checkpoints.save(total, items, checkpoint_metadata(setup), scores)
+
+
+def _fresh_batch_stats(setup: TrainingSetup, state: TrainState) -> Any:
+    """Returns batch-norm statistics to evaluate with: of fresh batches, or the running averages."""
+    config = setup.config
+    batch_stats, own_rows = state.batch_stats, process_rows(config.batch_size)
     for count in range(config.eval.batch_norm_batches):
-        rows = batch_rows(config.seed, count, config.batch_size, len(job.train.labels))
-        batch = sharding.shard_batch(gather(job.train, rows[mine]), job.network.mesh)
-        averages = job.statistics_step(
-            state.eval_params, averages, batch.images, jnp.int32(count), state.seed
+        rows = batch_rows(config.seed, count, config.batch_size, len(setup.train.labels))
+        batch = sharding.shard_batch(gather(setup.train, rows[own_rows]), setup.network.mesh)
+        batch_stats = setup.statistics_step(
+            state.eval_params, batch_stats, batch.images, jnp.int32(count), state.seed
         )
-    return averages
+    return batch_stats
 
 
 def _validate(
@@ -327,87 +305,28 @@ def _validate(
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 
 
-def _write_augmented_sheet(job: TrainingSetup, workdir: Path) -> None:
+def _write_augmented_sheet(setup: TrainingSetup, workdir: Path) -> None:
     """Draws some training images before and after augmentation."""
     if not distributed.is_primary():
         return
-    count = min(SHEET_IMAGES, len(job.train.labels))
-    images, labels = gather(job.train, batch_rows(job.config.seed, 0, count, len(job.train.labels)))
-    keys = row_keys(job.config.seed, AUGMENT, jnp.int32(0), count)
-    augmented = jax.jit(job.augment)(keys, to_float(jnp.asarray(images)))
-    image_grids.write_augmented_sheet(
-        workdir, images, np.asarray(augmented), labels, job.train.classes
-    )
+    train, seed = setup.train, setup.config.seed
+    count = min(SHEET_IMAGES, len(train.labels))
+    images, labels = gather(train, batch_rows(seed, 0, count, len(train.labels)))
+    keys = row_keys(seed, AUGMENT, jnp.int32(0), count)
+    augmented = jax.jit(setup.augment)(keys, to_float(jnp.asarray(images)))
+    image_grids.write_augmented_sheet(workdir, images, np.asarray(augmented), labels, train.classes)
 
 
 def _can_resume(folder: Path) -> bool:
-    """Returns whether a folder, which may be missing, holds a step to go on from."""
+    """Returns whether a folder, which may be missing, holds a step to resume from."""
     if not find_steps(folder):
         return False
     with Checkpoints(folder) as checkpoints:
         return checkpoints.latest_step() is not None
 
 
-def _mean(sums: list[dict[str, jax.Array]], num_steps: int) -> dict[str, float]:
-    """Returns the mean of each metric over those of some steps that counted, and what was not so.
-
-    Args:
-      sums: of each call, see `train_step.make_train_chunk`.
-      num_steps: of all of them.
-    """
-    rows = jax.device_get(sums)
-    counted = num_steps - sum(float(row["skipped"]) for row in rows)
-    means = {
-        f"train/{name}": sum(float(row[name]) for row in rows) / max(counted, 1.0)
-        for name in ("loss", "accuracy", "gradient_norm")
-    }
-    first_bad = min(int(row["first_bad"]) for row in rows)
-    return means | (
-        {"skipped_batches": num_steps - counted, "first_bad": first_bad}
-        if first_bad < NEVER
-        else {}
-    )
-
-
-def _check_finite(job: TrainingSetup, workdir: Path, row: dict[str, float], step: int) -> None:
-    """Checks that the numbers of all steps since the last row were finite, or may be passed over.
-
-    Args:
-      row: from `_mean`; loses what is not to be logged.
-      step: that the run is at.
-
-    Raises:
-      FloatingPointError: names the step; its records stand in workdir/non_finite.json.
-    """
-    if "first_bad" not in row:
-        return
-    bad = int(row.pop("first_bad"))
-    if distributed.is_primary():
-        split, config = job.train, job.config
-        rows = batch_rows(config.seed, bad, config.batch_size, len(split.labels))
-        records = [
-            {
-                "character": split.classes[split.labels[row]],
-                "writer": str(split.writers[row]),
-                "source": str(split.sources[row]),
-                "record": int(split.record_numbers[row]),
-            }
-            for row in rows
-        ]
-        text = json.dumps({"step": bad + 1, "records": records}, ensure_ascii=False, indent=1)
-        replace_text(workdir / "non_finite.json", text + "\n")
-    if job.config.skip_non_finite and any(row[key] for key in row if key != "skipped_batches"):
-        return
-    raise FloatingPointError(
-        f"step {bad + 1:,}: the loss or its gradient is not finite (found at step {step:,}; the "
-        f"step's records: {workdir / 'non_finite.json'}); nothing is saved from there on: resume "
-        f"with a lower learning rate, --config.optimizer.clip_norm=1 or "
-        f"--config.skip_non_finite=True"
-    )
-
-
 @contextlib.contextmanager
 def _writing(workdir: Path) -> Iterator[None]:
-    """Makes a workdir and holds it against other runs; among several processes the first does."""
+    """Makes a workdir and locks it against other runs; of several processes the primary does."""
     with only_writer(workdir) if distributed.is_primary() else contextlib.nullcontext():
         yield

@@ -24,6 +24,7 @@ from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrain
 from hccr_jax.inference.steps import make_logits_step, to_float
 from hccr_jax.runtime import distributed, sharding
 from hccr_jax.runtime.checkpoints import check_classes
+from hccr_jax.runtime.failpoints import failpoint
 from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.train import optim
@@ -90,6 +91,7 @@ def create_training_setup(
     validation, test = (load(config, name) for name in splits)
     timeline.lap("data")
     steps = config_lib.resolve(config, len(train.labels))
+    failpoint("while the network is made")
     network = create_network(config, len(train.classes))
     if not resumes:
         network = _start(network, config, train)

@@ -1,0 +1,40 @@
+"""What a checkpoint of a training run holds, and how the run goes on from it."""
+
+from typing import Any
+
+from hccr_jax.runtime import sharding
+from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
+from hccr_jax.train.setup import TrainingSetup
+from hccr_jax.train.state import TrainState
+
+
+def checkpoint_metadata(setup: TrainingSetup) -> dict[str, Any]:
+    """Returns the JSON object saved with a checkpoint's arrays."""
+    return {"classes": list(setup.train.classes), "config": setup.config.to_dict()}
+
+
+def checkpoint_items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:
+    """Returns the pytrees that a checkpoint holds, by name.
+
+    Args:
+      state: the run's.
+      eval_batch_stats: batch-norm statistics that its parameters are evaluated with.
+    """
+    progress = {"step": state.step, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
+    if state.average_params is not None:
+        progress["params"] = state.params
+    items = {"params": state.eval_params, "eval_batch_stats": eval_batch_stats}
+    return items | {"progress": progress}
+
+
+def restore_state(setup: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
+    """Returns the state of the newest checkpoint, or the initial one."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return setup.initial
+    check_classes(checkpoints.metadata(step)["classes"], setup.train.classes, checkpoints.folder)
+    abstract_items = checkpoint_items(setup.initial, setup.initial.batch_stats)
+    items = checkpoints.restore(step, abstract_items, sharding.replicated(setup.network.mesh))
+    print(f"resuming at step {step}")
+    name = "params" if setup.initial.average_params is None else "average_params"
+    return TrainState(seed=setup.initial.seed, **{name: items["params"]}, **items["progress"])
