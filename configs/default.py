@@ -1,6 +1,6 @@
-"""Every key with its default; other configs override what differs.
+"""Every key with its default and its range; other configs override what differs.
 
-`hccr_jax/config.py` holds the rule of each key.
+A new key is a line of `get_config`, and a line of `LIMITS` where its type is not enough.
 """
 
 from ml_collections import ConfigDict
@@ -117,8 +117,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # or "adamw", "muon", "sgd"
     config.optimizer.learning_rate = 1e-3
-    # At another batch size the rate is multiplied by (batch_size / reference)^(0, ½ or 1).
-    config.optimizer.batch_rule = "none"  # or "sqrt" (for Adam), "linear" (for SGD)
+    # "sqrt": learning rates are multiplied by √(batch_size / reference_batch_size), which suits
+    # Adam (https://arxiv.org/abs/2205.10287).
+    config.optimizer.batch_rule = "none"
     config.optimizer.reference_batch_size = 256
     config.optimizer.schedule = "exponential"
     config.optimizer.warmup_epochs = 0.0
@@ -160,3 +161,86 @@ def get_config() -> ConfigDict:
     # on so many of the test split. 0: none.
     config.eval.rejection_images = 2000
     return config
+
+
+# Ranges (low, high) of numbers and allowed words, for keys whose default's type is not enough. No
+# number is negative.
+_INFINITY = float("inf")
+_POSITIVE = (1, _INFINITY)
+_FRACTION = (0, 1)
+_BELOW_ONE = (0, 0.99)
+_DECAY = (0, 0.999999)
+_TINY = 1e-12
+LIMITS = {
+    "seed": (0, 2**31 - 1),
+    "batch_size": _POSITIVE,
+    "gradient_accumulation_steps": _POSITIVE,
+    "steps_per_execution": (0, 10_000),
+    "log_every_steps": _POSITIVE,
+    "watchdog_seconds": (0, 1e6),
+    "reduce_dtype": ("float32", "bfloat16"),
+    "model.width": (0.05, 8),
+    "model.stem_stride": (1, 2),
+    "model.first_stride": (1, 2),
+    "model.head_channels": (8, 65_536),
+    "model.dropout_rate": _BELOW_ONE,
+    "model.batch_norm_epsilon": (_TINY, 1),
+    "model.batch_norm": ("global", "local"),
+    "model.batch_norm_momentum": _DECAY,
+    "model.lda_dims": (1, 512),
+    "model.eigenvectors": (1, 512),
+    "model.minor_variance": (1e-6, 1000),
+    "model.mqdf_weight": (0, 100),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "data.image_px": (16, 512),
+    "data.margin_px": (0, 255),
+    "data.aspect": ("keep", "adaptive"),
+    "data.placement": ("auto", "stream", "device"),
+    "data.label_noise": _FRACTION,
+    "data.synthetic.num_characters": (2, 3755),
+    "data.synthetic.num_train_writers": (2, 100_000),
+    "data.synthetic.num_test_writers": (1, 100_000),
+    "data.synthetic.cursiveness": _FRACTION,
+    "augment.flip_left_right_prob": _FRACTION,
+    "augment.flip_up_down_prob": _FRACTION,
+    "augment.rotate_prob": _FRACTION,
+    "augment.rotate_deg": (0, 180),
+    "augment.resize_prob": _FRACTION,
+    "augment.resize_min": (0.05, 20),
+    "augment.resize_max": (0.05, 20),
+    "augment.zoom": (0, 0.9),
+    "augment.shear": (0, 2),
+    "augment.shift_px": (0, 256),
+    "augment.elastic_px": (0, 64),
+    "augment.stroke_width": _FRACTION,
+    "augment.erase_prob": _FRACTION,
+    "augment.erase_max_side": (0.05, 1),
+    "augment.noise_std": _FRACTION,
+    "augment.transpose_prob": _FRACTION,
+    "augment.crop_min": (0.05, 1),
+    "augment.contrast": _FRACTION,
+    "augment.brightness": _FRACTION,
+    "loss.label_smoothing": _BELOW_ONE,
+    "loss.noise_rate": _BELOW_ONE,
+    "teacher.weight": _FRACTION,
+    "teacher.temperature": (0.1, 100),
+    "optimizer.name": ("adam", "adamw", "muon", "sgd"),
+    "optimizer.learning_rate": (_TINY, 1000),
+    "optimizer.batch_rule": ("none", "sqrt"),
+    "optimizer.reference_batch_size": _POSITIVE,
+    "optimizer.schedule": ("exponential", "cosine", "constant"),
+    "optimizer.decay_rate": (_TINY, 1),
+    "optimizer.decay_epochs": (_TINY, _INFINITY),
+    "optimizer.end_learning_rate": (0, 1000),
+    "optimizer.weight_decay": (0, 10),
+    "optimizer.average_decay": _DECAY,
+    "checkpoint.every_steps": _POSITIVE,
+    "checkpoint.keep_latest": _POSITIVE,
+    "checkpoint.keep_best": _POSITIVE,
+    "eval.batch_size": _POSITIVE,
+    "eval.tta_views": (1, 5),
+    "eval.upright_prior": _FRACTION,
+    "eval.batch_norm_batches": (0, 100_000),
+    "eval.label_errors": (0, 10_000),
+    "eval.rejection_images": (0, 100_000),
+}

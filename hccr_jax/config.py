@@ -1,4 +1,7 @@
-"""The configuration: every key with its rule, and the step counts that follow from it."""
+"""The configuration: the rule of every key, and the step counts that follow from it.
+
+A key, its default and its range are in configs/default.py; its type is that of the default.
+"""
 
 import dataclasses
 import difflib
@@ -18,21 +21,21 @@ from hccr_jax.runtime.workdir import replace_text
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a key may hold: a type and a closed range, or a set of words."""
+    """The allowed values of a key: a type, and a closed range or a set of words."""
 
     kind: type
-    low: float = -math.inf
+    low: float = 0
     high: float = math.inf
     words: tuple[str, ...] = ()
 
     def allowed(self) -> str:
-        """Returns the rule in words."""
+        """Returns the rule as text."""
         if self.words:
             return "one of " + ", ".join(self.words)
-        name = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-        bounds = "" if self.low == -math.inf else f" from {self.low}"
-        bounds += "" if self.high == math.inf else f" to {self.high}"
-        return name[self.kind] + bounds
+        if self.kind in (int, float):
+            name = "a whole number" if self.kind is int else "a number"
+            return f"{name} from {self.low}" + f" to {self.high}" * (self.high < math.inf)
+        return "True or False" if self.kind is bool else "a text"
 
     def admits(self, value: Any) -> bool:
         """Returns whether a value obeys the rule."""
@@ -44,110 +47,7 @@ class Rule:
         return not self.words or value in self.words
 
 
-_SHARE = Rule(float, 0, 1)
-_COUNT = Rule(int, 1)
-_TINY = 1e-12
-
-RULES: dict[str, Rule] = {
-    "seed": Rule(int, 0, 2**31 - 1),
-    "num_steps": Rule(int, 0),
-    "num_epochs": Rule(float, 0),
-    "init_from": Rule(str),
-    "batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "steps_per_execution": Rule(int, 0, 10_000),
-    "log_every_steps": _COUNT,
-    "watchdog_seconds": Rule(float, 0, 1e6),
-    "skip_non_finite": Rule(bool),
-    "strict_determinism": Rule(bool),
-    "reduce_dtype": Rule(str, words=("float32", "bfloat16")),
-    "model.name": Rule(str, words=tuple(registry.MODELS)),
-    "model.width": Rule(float, 0.05, 8),
-    "model.stem_stride": Rule(int, 1, 2),
-    "model.first_stride": Rule(int, 1, 2),
-    "model.head_channels": Rule(int, 8, 65_536),
-    "model.dropout_rate": Rule(float, 0, 0.99),
-    "model.batch_norm_epsilon": Rule(float, _TINY, 1),
-    "model.batch_norm": Rule(str, words=("global", "local")),
-    "model.batch_norm_momentum": Rule(float, 0, 0.999999),
-    "model.batch_norm_ramp": Rule(bool),
-    "model.lda_dims": Rule(int, 1, 512),
-    "model.eigenvectors": Rule(int, 1, 512),
-    "model.minor_variance": Rule(float, 1e-6, 1000),
-    "model.mqdf_weight": Rule(float, 0, 100),
-    "model.dtype": Rule(str, words=("auto", "float32", "bfloat16")),
-    "data.name": Rule(str),
-    "data.data_dir": Rule(str),
-    "data.image_px": Rule(int, 16, 512),
-    "data.margin_px": Rule(int, 0, 255),
-    "data.aspect": Rule(str, words=("keep", "adaptive")),
-    "data.placement": Rule(str, words=("auto", "stream", "device")),
-    "data.train_split": Rule(str),
-    "data.validation_split": Rule(str),
-    "data.test_split": Rule(str),
-    "data.label_noise": _SHARE,
-    "data.mix_synthetic": Rule(bool),
-    "data.synthetic.num_characters": Rule(int, 2, 3755),
-    "data.synthetic.num_train_writers": Rule(int, 2, 100_000),
-    "data.synthetic.num_test_writers": Rule(int, 1, 100_000),
-    "data.synthetic.cursiveness": Rule(float, 0, 1),
-    "augment.flip_left_right_prob": _SHARE,
-    "augment.flip_up_down_prob": _SHARE,
-    "augment.rotate_prob": _SHARE,
-    "augment.rotate_deg": Rule(float, 0, 180),
-    "augment.resize_prob": _SHARE,
-    "augment.resize_min": Rule(float, 0.05, 20),
-    "augment.resize_max": Rule(float, 0.05, 20),
-    "augment.zoom": Rule(float, 0, 0.9),
-    "augment.shear": Rule(float, 0, 2),
-    "augment.shift_px": Rule(float, 0, 256),
-    "augment.elastic_px": Rule(float, 0, 64),
-    "augment.stroke_width": _SHARE,
-    "augment.erase_prob": _SHARE,
-    "augment.erase_max_side": Rule(float, 0.05, 1),
-    "augment.noise_std": Rule(float, 0, 1),
-    "augment.transpose_prob": _SHARE,
-    "augment.crop_min": Rule(float, 0.05, 1),
-    "augment.contrast": _SHARE,
-    "augment.brightness": _SHARE,
-    "augment.once": Rule(bool),
-    "loss.label_smoothing": Rule(float, 0, 0.99),
-    "loss.noise_rate": Rule(float, 0, 0.99),
-    "loss.mirrored_as_uniform": Rule(bool),
-    "teacher.checkpoint": Rule(str),
-    "teacher.precompute": Rule(bool),
-    "teacher.weight": _SHARE,
-    "teacher.temperature": Rule(float, 0.1, 100),
-    "optimizer.name": Rule(str, words=("adam", "adamw", "muon", "sgd")),
-    "optimizer.learning_rate": Rule(float, _TINY, 1000),
-    "optimizer.batch_rule": Rule(str, words=("none", "sqrt", "linear")),
-    "optimizer.reference_batch_size": _COUNT,
-    "optimizer.schedule": Rule(str, words=("exponential", "cosine", "constant")),
-    "optimizer.warmup_epochs": Rule(float, 0),
-    "optimizer.decay_rate": Rule(float, _TINY, 1),
-    "optimizer.decay_epochs": Rule(float, _TINY),
-    "optimizer.staircase": Rule(bool),
-    "optimizer.end_learning_rate": Rule(float, 0, 1000),
-    "optimizer.weight_decay": Rule(float, 0, 10),
-    "optimizer.clip_norm": Rule(float, 0),
-    "optimizer.average_decay": Rule(float, 0, 0.999999),
-    "checkpoint.every_steps": _COUNT,
-    "checkpoint.keep_latest": _COUNT,
-    "checkpoint.keep_best": _COUNT,
-    "eval.every_steps": Rule(int, 0),
-    "eval.batch_size": _COUNT,
-    "eval.tta_views": Rule(int, 1, 5),
-    "eval.tta_flips": Rule(bool),
-    "eval.upright_prior": _SHARE,
-    "eval.batch_norm_batches": Rule(int, 0, 100_000),
-    "eval.robustness": Rule(bool),
-    "eval.robustness_images": Rule(int, 0),
-    "eval.paper_protocol": Rule(bool),
-    "eval.label_errors": Rule(int, 0, 10_000),
-    "eval.rejection_images": Rule(int, 0, 100_000),
-}
-
-# Keys of version 0.1, with their names of today. They go on working, with a warning, in 0.2.
+# Keys of version 0.1 and their current names. 0.2 accepts them, with a warning.
 RENAMED = {
     "steps_per_call": "steps_per_execution",
     "data.strokes.num_characters": "data.synthetic.num_characters",
@@ -163,7 +63,7 @@ RENAMED = {
 }
 _RENAMED_VALUES = {"data.name": {"strokes": "synthetic"}}
 
-# A resume may change these: they leave the run's course as it was.
+# A resume may change these: they do not change the course of a run.
 FREE_ON_RESUME = (
     "num_steps",
     "num_epochs",
@@ -188,7 +88,7 @@ class Steps:
     eval_every: int
 
     def evaluates(self, step: int) -> bool:
-        """Returns whether the network is evaluated after so many steps."""
+        """Returns whether the network is evaluated after a number of steps."""
         return step % self.eval_every == 0 or step == self.total
 
 
@@ -201,32 +101,53 @@ def flatten(tree: ConfigDict | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def upgrade(values: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
-    """Returns a config with today's keys from one of any earlier version.
+def _rule(key: str, default_value: Any) -> Rule:
+    limits, kind = default.LIMITS.get(key, ()), type(default_value)
+    if key == "model.name":
+        limits = tuple(registry.MODELS)
+    return Rule(kind, words=limits) if kind is str else Rule(kind, *limits)
 
-    Keys and values that were renamed get their names of today; a key that did not exist yet gets
+
+RULES = {key: _rule(key, value) for key, value in flatten(default.get_config())}
+
+
+def upgrade_leaf(key: str, value: Any) -> tuple[str, Any]:
+    """Returns the current key and value for those of any earlier version.
+
+    >>> upgrade_leaf("eval.views", 3)
+    ('eval.tta_views', 3)
+    """
+    key = RENAMED.get(key, key)
+    return key, _RENAMED_VALUES.get(key, {}).get(value, value)
+
+
+def upgrade(values: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """Returns a config with the current keys from one of any earlier version.
+
+    Keys and values that were renamed get their current names; a key that did not exist yet gets
     its default, which leaves a run as it was then.
 
     Args:
       values: a config, as nested dicts.
 
     Returns:
-      the config, and the old names found in it; keys that no version had stay as they are.
+      the config, and the old keys found in it; keys that no version had stay as they are.
     """
-    leaves, found = dict(flatten(default.get_config())), []
-    for old, value in flatten(ConfigDict(values)):
-        key = RENAMED.get(old, old)
-        leaves[key] = _RENAMED_VALUES.get(key, {}).get(value, value)
-        if (key, leaves[key]) != (old, value):
-            found.append(old)
-    nested: dict[str, Any] = {}
-    for key, value in leaves.items():
-        *groups, last = key.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = value
-    return ConfigDict(nested), found
+    old_keys, config = [], default.get_config()
+    # Old keys last: a config file that sets one started from today's default of the new one.
+    with config.ignore_type():
+        for old, value in sorted(flatten(ConfigDict(values)), key=lambda leaf: leaf[0] in RENAMED):
+            key, value_now = upgrade_leaf(old, value)
+            if (key, value_now) != (old, value):
+                old_keys.append(old)
+            *groups, last = key.split(".")
+            node = config
+            for group in groups:
+                if group not in node:
+                    node[group] = ConfigDict()
+                node = node[group]
+            node[last] = value_now
+    return config, old_keys
 
 
 def unknown_key(key: str) -> InputError:
@@ -260,7 +181,8 @@ def check(config: ConfigDict) -> None:
       InputError: names the key, the value and what is allowed.
     """
     check_keys(config)
-    for key, value in flatten(config):
+    leaves = dict(flatten(config))
+    for key, value in leaves.items():
         if not RULES[key].admits(value):
             raise InputError(f"config.{key}={value!r}: must be {RULES[key].allowed()}")
     model_options(config)
@@ -269,32 +191,41 @@ def check(config: ConfigDict) -> None:
             f"config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g}: one "
             f"must be positive, the other 0; give both flags to change which"
         )
-    if config.augment.resize_min > config.augment.resize_max:
-        raise InputError(
-            f"config.augment.resize_min={config.augment.resize_min}: must not be above "
-            f"augment.resize_max={config.augment.resize_max}"
-        )
-    if config.augment.once and config.loss.mirrored_as_uniform:
-        raise InputError(
-            "config.loss.mirrored_as_uniform=True: goes with images mirrored anew in each epoch; set "
-            "augment.once=False"
-        )
-    if config.optimizer.name == "adam" and config.optimizer.weight_decay > 0:
-        raise InputError(
-            f"config.optimizer.weight_decay={config.optimizer.weight_decay:g}: adam has none; set "
-            f"optimizer.name=adamw"
-        )
-    if config.strict_determinism:
-        for key in ("model.batch_norm", "reduce_dtype"):
-            if dict(flatten(config))[key] not in ("global", "float32"):
-                raise InputError(
-                    f"config.strict_determinism=True: goes with the default of config.{key}"
-                )
-    if 2 * config.data.margin_px >= config.data.image_px:
-        raise InputError(
-            f"config.data.margin_px={config.data.margin_px}: must be below half of "
-            f"data.image_px={config.data.image_px}"
-        )
+    for is_wrong, key, reason in _conflicts(config):
+        if is_wrong:
+            raise InputError(f"config.{key}={leaves[key]!r}: {reason}")
+
+
+def _conflicts(config: ConfigDict) -> list[tuple[bool, str, str]]:
+    """Returns whether keys contradict each other, which is to blame, and why."""
+    augment, data, optimizer = config.augment, config.data, config.optimizer
+    strict = config.strict_determinism
+    return [
+        (
+            augment.resize_min > augment.resize_max, "augment.resize_min",
+            f"must not be above augment.resize_max={augment.resize_max}",
+        ),
+        (
+            augment.once and config.loss.mirrored_as_uniform, "loss.mirrored_as_uniform",
+            "needs images that are mirrored again in each epoch; set augment.once=False",
+        ),
+        (
+            optimizer.name == "adam" and optimizer.weight_decay > 0, "optimizer.weight_decay",
+            "adam has none; set optimizer.name=adamw",
+        ),
+        (
+            strict and config.model.batch_norm != "global", "strict_determinism",
+            "needs the default of config.model.batch_norm",
+        ),
+        (
+            strict and config.reduce_dtype != "float32", "strict_determinism",
+            "needs the default of config.reduce_dtype",
+        ),
+        (
+            2 * data.margin_px >= data.image_px, "data.margin_px",
+            f"must be below half of data.image_px={data.image_px}",
+        ),
+    ]  # fmt: skip
 
 
 def model_options(config: ConfigDict) -> dict[str, Any]:
@@ -328,11 +259,12 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
             f"config.strict_determinism=True: needs a number of devices that divides {shards}, not "
             f"{num_devices}"
         )
-    parts = config.gradient_accumulation_steps
-    whole = "the parts of strict_determinism" if shards else "the number of devices"
-    whole += f" × gradient_accumulation_steps={parts}" if parts > 1 else ""
+    num_microbatches = config.gradient_accumulation_steps
+    whole = "the shards of strict_determinism" if shards else "the number of devices"
+    if num_microbatches > 1:
+        whole += f" × gradient_accumulation_steps={num_microbatches}"
     for key, size, unit, name in (
-        ("batch_size", config.batch_size, (shards or num_devices) * parts, whole),
+        ("batch_size", config.batch_size, (shards or num_devices) * num_microbatches, whole),
         ("eval.batch_size", config.eval.batch_size, num_devices, "the number of devices"),
     ):
         if size % unit:
@@ -344,7 +276,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def strict_shards(config: ConfigDict) -> int:
-    """Returns in how many parts a batch is computed whatever the devices; 0 for no such parts."""
+    """Returns in how many shards a batch is computed whatever the devices; 0: one per device."""
     return 8 if config.strict_determinism else 0
 
 

@@ -22,7 +22,7 @@ _CONFIGS = {"paper": "v2", "v1_shuffled": "v1_best"}
 
 def get_config(name: str) -> ConfigDict:
     """Returns the config of an experiment."""
-    config = importlib.import_module(f"configs.{_CONFIGS.get(name, name)}").get_config()
+    config = importlib.import_module(f"hccr_jax.configs.{_CONFIGS.get(name, name)}").get_config()
     if name == "paper":
         config.num_steps = 0
         config.num_epochs = 20.0

@@ -25,7 +25,7 @@ _CONFIGS = {"v1": "hwdb100", "v2": "hwdb100"}
 
 def get_config(name: str) -> ConfigDict:
     """Returns the config of an experiment."""
-    config = importlib.import_module(f"configs.{_CONFIGS.get(name, name)}").get_config()
+    config = importlib.import_module(f"hccr_jax.configs.{_CONFIGS.get(name, name)}").get_config()
     if name == "v1":
         config.model.name = "mobilenet_v1"
     if name != "mqdf":

@@ -7,25 +7,7 @@ import jax
 import optax
 from optax import contrib
 
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
-SCHEDULES = ("exponential", "cosine", "constant")
-BATCH_RULES = ("none", "sqrt", "linear")
 MUON_RMS = 0.8  # of the change of a convolution's weights, in units of the learning rate
-
-
-def batch_factor(rule: str, batch_size: int, reference_batch_size: int) -> float:
-    """Returns what a learning rate found at the reference batch is multiplied by at another.
-
-    Args:
-      rule: "none" (1), "sqrt" (for Adam) or "linear" (for SGD).
-      batch_size, reference_batch_size: of the whole batch.
-
-    Source: linear: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/2205.10287.
-
-    >>> [batch_factor(rule, 1024, 256) for rule in BATCH_RULES]
-    [1.0, 2.0, 4.0]
-    """
-    return (batch_size / reference_batch_size) ** {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[rule]
 
 
 def make_schedule(
@@ -34,9 +16,9 @@ def make_schedule(
     *,
     total_steps: int,
     warmup_steps: int = 0,
-    decay_rate: float = 0.94,
+    decay_rate: float = 1.0,
     decay_steps: int = 1,
-    staircase: bool = True,
+    staircase: bool = False,
     end_learning_rate: float = 0.0,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0.
@@ -47,32 +29,30 @@ def make_schedule(
       learning_rate: the peak.
       total_steps: length of the run, warm-up included.
       warmup_steps: steps of linear rise before the schedule starts; the first step already moves.
-      decay_rate, decay_steps, staircase: of "exponential"; a staircase takes the integer part of
-        the exponent.
+      decay_rate, decay_steps, staircase: of "exponential"; a staircase rounds the exponent down.
       end_learning_rate: of "cosine".
 
     Raises:
       ValueError: decay_steps or total_steps below 1 (Optax would silently keep the rate constant).
 
-    >>> schedule = make_schedule("exponential", 1e-3, total_steps=160_000, decay_steps=8767)
+    >>> options = {"decay_rate": 0.94, "decay_steps": 8767, "staircase": True}
+    >>> schedule = make_schedule("exponential", 1e-3, total_steps=160_000, **options)
     >>> f"{float(schedule(160_000)):.2e}"
     '3.28e-04'
     """
     if decay_steps < 1 or total_steps < 1:
         raise ValueError(f"decay_steps={decay_steps}, total_steps={total_steps}: must be positive")
+    first = learning_rate / max(1, warmup_steps)
     if name == "exponential":
-        main = optax.exponential_decay(learning_rate, decay_steps, decay_rate, staircase=staircase)
-    elif name == "cosine":
-        after_warmup = max(1, total_steps - warmup_steps)
-        main = optax.cosine_decay_schedule(
-            learning_rate, after_warmup, alpha=end_learning_rate / learning_rate
+        return optax.warmup_exponential_decay_schedule(
+            first, learning_rate, warmup_steps, decay_steps, decay_rate, staircase=staircase
         )
-    else:
-        main = optax.constant_schedule(learning_rate)
-    if warmup_steps == 0:
-        return main
-    rise = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps)
-    return optax.join_schedules([rise, main], [warmup_steps])
+    if name == "cosine":
+        end = max(total_steps, warmup_steps + 1)
+        return optax.warmup_cosine_decay_schedule(
+            first, learning_rate, warmup_steps, end, end_learning_rate
+        )
+    return optax.warmup_constant_schedule(first, learning_rate, warmup_steps)
 
 
 def make_optimizer(
@@ -81,7 +61,6 @@ def make_optimizer(
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
-    epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
@@ -89,12 +68,12 @@ def make_optimizer(
 
     Args:
       name: "adam", "adamw", "sgd" (Nesterov momentum beta1) or "muon": the weights of a convolution
-        of full depth, a matrix, change by the orthogonal matrix nearest to their momentum, all
-        others as with "adamw".
+        that is not depthwise, a matrix, are updated by the orthogonal matrix nearest to their
+        momentum, all others as with "adamw".
       schedule: learning rate by step.
-      beta1, beta2, epsilon: of Adam.
-      weight_decay: decoupled, of all but "adam"; batch norm and biases (vectors) are spared.
-      clip_norm: largest global norm of the gradient; 0 leaves it alone.
+      beta1, beta2: of Adam.
+      weight_decay: decoupled, of all but "adam"; not of vectors, such as batch norm and biases.
+      clip_norm: largest global norm of the gradient; 0: no clipping.
 
     Source: Muon: https://kellerjordan.github.io/posts/muon/; changes of one size for any shape:
     https://arxiv.org/abs/2502.16982.
@@ -104,7 +83,7 @@ def make_optimizer(
     if name == "sgd":
         steps = [decay] * (decay is not None) + [optax.trace(beta1, nesterov=True)]
     else:
-        adam = optax.scale_by_adam(beta1, beta2, epsilon)
+        adam = optax.scale_by_adam(beta1, beta2)
         steps = [_muon_or(adam) if name == "muon" else adam]
         steps += [decay] * (name != "adam" and decay is not None)
     return optax.chain(*clip, *steps, optax.scale_by_learning_rate(schedule))

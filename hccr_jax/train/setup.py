@@ -202,7 +202,9 @@ def _create_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimiser of a config, and its learning rate by step."""
     options = config.optimizer
-    factor = optim.batch_factor(options.batch_rule, config.batch_size, options.reference_batch_size)
+    factor = 1.0
+    if options.batch_rule == "sqrt":
+        factor = (config.batch_size / options.reference_batch_size) ** 0.5
     schedule = optim.make_schedule(
         options.schedule,
         options.learning_rate * factor,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hccr_jax.train.optim import MUON_RMS, SCHEDULES, make_optimizer, make_schedule
+from hccr_jax.config import RULES
+from hccr_jax.train.optim import MUON_RMS, make_optimizer, make_schedule
 
 
 def rates(schedule, steps: np.ndarray) -> np.ndarray:
@@ -15,7 +16,9 @@ def rates(schedule, steps: np.ndarray) -> np.ndarray:
 
 
 def test_the_papers_learning_rate():
-    schedule = make_schedule("exponential", 1e-3, total_steps=160_000, decay_steps=8767)
+    schedule = make_schedule(
+        "exponential", 1e-3, total_steps=160_000, decay_rate=0.94, decay_steps=8767, staircase=True
+    )
     ours = rates(schedule, np.array([0, 8766, 8767, 17_533, 17_534, 160_000]))
     exact = 1e-3 * 0.94 ** np.array([0, 0, 1, 1, 2, 18])
     np.testing.assert_allclose(ours, exact, rtol=2e-6)
@@ -49,13 +52,20 @@ def test_constant_is_constant():
     np.testing.assert_array_equal(rates(schedule, np.arange(20)), np.float32(0.3))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", RULES["optimizer.schedule"].words)
 def test_warmup_rises_from_its_first_step_to_the_peak(name):
     schedule = make_schedule(name, 1e-3, total_steps=50, warmup_steps=10, decay_steps=5)
     ours = rates(schedule, np.arange(11))
     assert ours[0] == pytest.approx(1e-4)
     assert ours[10] == pytest.approx(1e-3)
     np.testing.assert_allclose(np.diff(ours), (1e-3 - 1e-4) / 10, rtol=1e-4)
+
+
+def test_every_name_is_a_schedule_of_its_own():
+    names = RULES["optimizer.schedule"].words
+    options = {"total_steps": 10, "decay_rate": 0.5, "decay_steps": 1}
+    values = {name: float(make_schedule(name, 1.0, **options)(5)) for name in names}
+    assert len(set(values.values())) == len(names), values
 
 
 @pytest.mark.parametrize(("decay_steps", "total_steps"), [(0, 10), (-3, 10), (1, 0)])
@@ -152,6 +162,17 @@ def test_muon_changes_a_convolution_by_the_nearest_orthogonal_matrix(shape):
     # The same singular vectors; five steps of Newton and Schulz leave values of 0.7 to 1.2.
     np.testing.assert_allclose(np.diag(turned), 0.95, atol=0.35)
     np.testing.assert_allclose(turned, np.diag(np.diag(turned)), atol=1e-4)
+
+
+def test_every_name_is_an_optimizer_of_its_own():
+    params = {"conv": jnp.array(np.random.default_rng(3).normal(size=(1, 1, 3, 4)), jnp.float32)}
+    updates = {}
+    for name in RULES["optimizer.name"].words:
+        optimizer = make_optimizer(name, lambda step: 0.1, weight_decay=0.2)
+        with jax.numpy_dtype_promotion("standard"):
+            update = optimizer.update(params, optimizer.init(params), params)[0]["conv"]
+        updates[name] = np.asarray(update).round(4).tobytes()
+    assert len(set(updates.values())) == len(updates) == 4
 
 
 def test_muon_leaves_all_but_convolutions_to_adamw():
