@@ -1,6 +1,6 @@
 """AlexNet with the recipe of `configs/hwdb100.py`, on the same real subset.
 
-  python -m hccr_jax.main --config=configs/alexnet.py --config.data.data_dir=DIR
+  hccr train --config=alexnet --config.data.data_dir=DIR
 
 Accuracy: not measured yet.
 """

@@ -13,21 +13,21 @@ def get_config() -> ConfigDict:
     # The length of the run: one is positive, the other 0.
     config.num_steps = 0
     config.num_epochs = 0.0
-    # A run whose best weights to start from, or its folder checkpoints; "" for none. The classes'
-    # weights are taken over character by character.
+    # A run, or its folder checkpoints, whose best weights are the initial ones; "" for none. The
+    # last layer is taken over character by character.
     config.init_from = ""
     config.batch_size = 256  # over all devices
-    # The batch in so many parts, one after the other, where it does not fit in memory at once; each
-    # part has batch-norm statistics of its own.
+    # Microbatches of a batch, one after the other, where it does not fit in memory at once; each has
+    # batch-norm statistics of its own.
     config.gradient_accumulation_steps = 1
-    config.steps_per_execution = 0  # steps in one compiled call; 0: 1 on a CPU, 50 on accelerators
+    config.steps_per_execution = 0  # of the compiled program; 0: 1 on a CPU, 50 on accelerators
     config.log_every_steps = 50
-    # A step that takes longer is taken for stuck, and ends the run with the stacks of all threads;
-    # compiling, an evaluation and a save may take ten times as long. 0: no watch.
+    # A step that takes longer is considered stuck, and ends the run with the stacks of all threads;
+    # compiling, an evaluation and a save may take ten times as long. 0: no watchdog.
     config.watchdog_seconds = 300.0
-    # Leaves a batch out whose loss or gradient is not finite, instead of ending the run.
+    # Skips a batch whose loss or gradient is not finite, instead of ending the run.
     config.skip_non_finite = False
-    # The same bits on any number of devices that divides 8: the batch goes through in 8 parts, each
+    # The same bits on any number of devices that divides 8: the batch is computed in 8 shards, each
     # with batch-norm statistics of its own.
     config.strict_determinism = False
     config.reduce_dtype = "float32"  # or "bfloat16": in which devices add up gradients
@@ -47,8 +47,8 @@ def get_config() -> ConfigDict:
     config.model.lda_dims = 160  # at most one less than there are classes
     config.model.eigenvectors = 50  # of each class
     config.model.minor_variance = 0.65  # in all other directions; the mean variance is 1
-    # Above 0 a network asks mqdf as well when it reads: their log-probabilities are added, those of
-    # mqdf times this. It is fitted to the training images before the training.
+    # Above 0 a network is ensembled with mqdf: their log-probabilities are added, those of mqdf
+    # times this. It is fitted to the training images before the training.
     config.model.mqdf_weight = 0.0
     config.model.dtype = "auto"  # bfloat16 on accelerators, float32 on a CPU
 
@@ -57,16 +57,16 @@ def get_config() -> ConfigDict:
     config.data.data_dir = "data"
     config.data.image_px = 64
     config.data.margin_px = 4  # free at each border
-    config.data.aspect = "keep"  # or "adaptive": elongated characters are brought nearer to square
-    # The training split is read ahead on the host ("stream") or lies in the memory of every device
-    # ("device"); the batches are the same. "auto": on accelerators where it takes at most half.
+    config.data.aspect = "keep"  # or "adaptive": elongated characters become nearer to square
+    # The training split is read ahead on the host ("stream") or stored in the memory of every device
+    # ("device"); the batches are the same. "auto": on accelerators if it takes at most half.
     config.data.placement = "auto"
     config.data.train_split = "train"  # "train+validation": all writers, once all is chosen
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
     config.data.test_split = "test"  # to report on, once
-    # This share of the training labels, at random, is made wrong, to measure what that costs.
+    # This fraction of the training labels, at random, is made wrong, to measure what that costs.
     config.data.label_noise = 0.0
-    # Trains on simulated writers as well, on those of their characters that the data set has.
+    # Trains on simulated writers too, on those of their characters that the data set has.
     config.data.mix_synthetic = False
     config.data.synthetic = ConfigDict()
     config.data.synthetic.num_characters = 3755  # the first ones in Unicode order
@@ -94,24 +94,25 @@ def get_config() -> ConfigDict:
     config.augment.crop_min = 1.0
     config.augment.contrast = 0.0
     config.augment.brightness = 0.0
-    config.augment.once = False  # drawn once for each training image, not anew in each epoch
+    config.augment.once = False  # drawn once for each training image, not again in each epoch
 
     config.loss = ConfigDict()
     config.loss.label_smoothing = 0.0
-    # Above 0, labels that the network rules out hardly count: wrong ones, crossed-out characters.
+    # Above 0, labels that the network rules out have little weight: wrong ones, crossed-out
+    # characters.
     config.loss.noise_rate = 0.0
-    # Mirrored images are no character at all: with `eval.tta_flips` the view counts in which the
-    # network is sure. Otherwise they keep their character's label.
+    # The target of mirrored images is uniform: with `eval.tta_flips` the view counts in which the
+    # network is certain. Otherwise they keep their character's label.
     config.loss.mirrored_as_uniform = False
 
-    # A run whose network is a teacher, or its folder checkpoints: its answers to the same augmented
-    # images are learnt beside the labels. "" for none.
+    # A run, or its folder checkpoints, whose network is a teacher: its logits for the same augmented
+    # images are a target besides the labels. "" for none.
     config.teacher = ConfigDict()
     config.teacher.checkpoint = ""
-    # Asked before the training only, about the images as they are, in its own normal form: no step
-    # takes longer for it, but each image has two bytes more in memory for each class.
+    # Its logits are computed before the training, for the images as they are, in its own normal
+    # form: no step takes longer, but each image needs two more bytes of memory per class.
     config.teacher.precompute = False
-    config.teacher.weight = 0.5  # of its part of the loss
+    config.teacher.weight = 0.5  # of the distillation loss
     config.teacher.temperature = 1.0
 
     config.optimizer = ConfigDict()
@@ -129,7 +130,7 @@ def get_config() -> ConfigDict:
     config.optimizer.end_learning_rate = 0.0  # of the cosine
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 0.0  # 0: no clipping
-    # Evaluates with a moving average of the weights, whose past weighs so much. 0: none.
+    # Decay of the moving average of the weights that evaluations use. 0: none.
     config.optimizer.average_decay = 0.0
 
     config.checkpoint = ConfigDict()
@@ -140,25 +141,25 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_steps = 0  # 0: once an epoch
     config.eval.batch_size = 256  # images, or views of them
-    # The network sees each image under so many slight turns and zooms, and in every mirroring; its
-    # probabilities are averaged, the surer the more. Each view costs a pass.
+    # Test-time augmentation: the number of slight rotations and zooms, and whether each is also
+    # mirrored. Probabilities are averaged, weighted by certainty; each view costs a forward pass.
     config.eval.tta_views = 1
     config.eval.tta_flips = False
-    config.eval.upright_prior = 0.25  # how likely an image is not mirrored
-    # Before an evaluation, batch-norm statistics are taken anew from this many training batches
-    # with the weights at hand: running averages lag behind weights that move fast, and accuracy
-    # then swings by tens of points. 0: the running averages as they are.
+    config.eval.upright_prior = 0.25  # probability that an image is not mirrored
+    # Before an evaluation, batch-norm statistics are computed from this many training batches with
+    # the current weights: running averages lag behind weights that change fast, and accuracy then
+    # swings by tens of points. 0: the running averages.
     config.eval.batch_norm_batches = 20
-    # The last evaluation also on distorted test images: the paper's sets of rotated, flipped and
-    # resized ones and curves against the angle and the aspect; and the test split as the authors'
-    # own script read it, every image flipped and turned at random.
+    # The final evaluation includes distorted test images: the paper's sets of rotated, flipped and
+    # resized ones and curves against the angle and the aspect (`robustness`); and the test split as
+    # the authors' own script has it, every image flipped and rotated at random (`paper_protocol`).
     config.eval.robustness = False
     config.eval.robustness_images = 3000  # in each set; 0: the whole split
     config.eval.paper_protocol = False
-    # So many training characters are listed that are most likely miswritten or wrongly labelled.
+    # Number of training characters to list that are most likely miswritten or wrongly labelled.
     config.eval.label_errors = 0
-    # From so many validation characters, and as many crossed out, a rejector is fitted, and tested
-    # on so many of the test split. 0: none.
+    # Number of validation characters, and as many crossed out, to fit a rejector to, and of test
+    # characters to test it on. 0: no rejector.
     config.eval.rejection_images = 2000
     return config
 

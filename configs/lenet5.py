@@ -1,6 +1,6 @@
 """LeNet-5 with the recipe of `configs/hwdb100.py`, on the same real subset.
 
-  python -m hccr_jax.main --config=configs/lenet5.py --config.data.data_dir=DIR
+  hccr train --config=lenet5 --config.data.data_dir=DIR
 
 Accuracy: not measured yet.
 """

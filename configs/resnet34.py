@@ -1,6 +1,6 @@
 """ResNet-34 with the recipe of `configs/hwdb100.py`, on the same real subset.
 
-  python -m hccr_jax.main --config=configs/resnet34.py --config.data.data_dir=DIR
+  hccr train --config=resnet34 --config.data.data_dir=DIR
 
 Accuracy: not measured yet.
 """

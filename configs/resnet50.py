@@ -1,6 +1,6 @@
 """ResNet-50 with the recipe of `configs/hwdb100.py`, on the same real subset.
 
-  python -m hccr_jax.main --config=configs/resnet50.py --config.data.data_dir=DIR
+  hccr train --config=resnet50 --config.data.data_dir=DIR
 
 Accuracy: not measured yet.
 """

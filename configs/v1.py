@@ -1,4 +1,9 @@
-"""The paper's recipe with MobileNetV1."""
+"""The paper's recipe with MobileNetV1.
+
+  hccr train --config=v1 --config.data.data_dir=DIR
+
+Accuracy: not measured yet.
+"""
 
 from ml_collections import ConfigDict
 

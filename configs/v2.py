@@ -1,11 +1,12 @@
 """The paper's recipe with MobileNetV2, the network behind its 90.4 %.
 
-  python -m hccr_jax.main --config=configs/v2.py --config.data.data_dir=DIR
+  hccr train --config=v2 --config.data.data_dir=DIR
 
 The full set has not been run. On the real subset of 100 characters, 20 epochs of batch 128
 (configs/experiments/best.py:paper), 2 cores (AMD EPYC with AVX2, float32, shared with other work),
-seed 0, commit 52cfe8c: 41 min; test top-1 82.24 %, top-5 96.58 %, of distorted images 79.96 %;
-validation top-1 after 5, 10 and 15 epochs and at the end 42.1, 68.5, 73.9 and 79.6 %.
+seed 0, commit 52cfe8c: 41 min. The network alone on one view: test top-1 82.24 %, top-5 96.58 %, of
+distorted images 79.96 %; validation top-1 after 5, 10 and 15 epochs and at the end 42.1, 68.5, 73.9
+and 79.6 %.
 """
 
 from ml_collections import ConfigDict

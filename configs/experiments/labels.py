@@ -1,6 +1,6 @@
 """Wrong labels: a part of the training labels shuffled, with and without the loss that bears them.
 
-  python -m hccr_jax.main --config=configs/synthetic.py --workdir=runs/strokes_hwdb100 \
+  hccr train --config=synthetic --workdir=runs/strokes_hwdb100 \
     --config.model.width=1.0 --config.model.stem_stride=2 --config.num_steps=5500
   hccr sweep --config=configs/experiments/labels.py --data_dir=DIR \
     --output=docs/measured/labels.jsonl

@@ -3,7 +3,7 @@
   hccr sweep --config=configs/experiments/paper.py --data_dir=DIR \
     --output=docs/measured/paper.jsonl
 
-One alone: `python -m hccr_jax.main --config=configs/experiments/paper.py:rate_0005`.
+One alone: `hccr train --config=experiments/paper:rate_0005`.
 """
 
 from typing import Any

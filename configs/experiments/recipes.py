@@ -1,7 +1,7 @@
 """What each part of a recipe is worth on the real subset of 100 characters: short runs.
 
-  python -m hccr_jax.main --config=configs/hwdb100.py --config.data.data_dir=DIR
-  python -m hccr_jax.main --config=configs/synthetic.py --workdir=runs/strokes_half \
+  hccr train --config=hwdb100 --config.data.data_dir=DIR
+  hccr train --config=synthetic --workdir=runs/strokes_half \
     --config.model.width=0.5 --config.model.stem_stride=2
   hccr sweep --config=configs/experiments/recipes.py --data_dir=DIR \
     --output=docs/measured/recipes.jsonl
