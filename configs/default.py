@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     # last layer is taken over character by character.
     config.init_from = ""
     config.batch_size = 256  # over all devices
-    # Microbatches of a batch, one after the other, where it does not fit in memory at once; each has
-    # batch-norm statistics of its own.
+    # Microbatches of a batch, one after the other, where it does not fit in memory at once; each
+    # has batch-norm statistics of its own.
     config.gradient_accumulation_steps = 1
     config.steps_per_execution = 0  # of the compiled program; 0: 1 on a CPU, 50 on accelerators
     config.log_every_steps = 50
@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
     config.data.image_px = 64
     config.data.margin_px = 4  # free at each border
     config.data.aspect = "keep"  # or "adaptive": elongated characters become nearer to square
-    # The training split is read ahead on the host ("stream") or stored in the memory of every device
-    # ("device"); the batches are the same. "auto": on accelerators if it takes at most half.
+    # The training split is read ahead on the host ("stream") or stored in the memory of every
+    # device ("device"); the batches are the same. "auto": on accelerators if it takes at most half.
     config.data.placement = "auto"
     config.data.train_split = "train"  # "train+validation": all writers, once all is chosen
     config.data.validation_split = "validation"  # a tenth of the training writers: to choose on
@@ -105,8 +105,8 @@ def get_config() -> ConfigDict:
     # network is certain. Otherwise they keep their character's label.
     config.loss.mirrored_as_uniform = False
 
-    # A run, or its folder checkpoints, whose network is a teacher: its logits for the same augmented
-    # images are a target besides the labels. "" for none.
+    # A run, or its folder checkpoints, whose network is a teacher: its logits for the same
+    # augmented images are a target besides the labels. "" for none.
     config.teacher = ConfigDict()
     config.teacher.checkpoint = ""
     # Its logits are computed before the training, for the images as they are, in its own normal
