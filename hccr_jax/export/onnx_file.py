@@ -1,7 +1,7 @@
-"""A network as an ONNX file, written node by node, and run by ONNX Runtime.
+"""Writes a network to an ONNX file node by node, and runs it with ONNX Runtime.
 
 Input `images` uint8 (batch, S, S), ink high; outputs `logits` and `probabilities`, float32
-(batch, K). Maps lie channels first, as ONNX has them.
+(batch, K). Inside, maps are (batch, C, H, W), as ONNX requires.
 """
 
 import json
@@ -17,9 +17,9 @@ from hccr_jax.export.graph import RELU6_LIMIT
 from hccr_jax.models.folding import INPUT, Layer
 
 OPSET, IR_VERSION = 17, 8  # of 2022: runtimes on phones lag behind
-KEY = "hccr_jax"  # of the description among the file's properties
+KEY = "hccr_jax"  # of the description in the file's metadata
 _CALIBRATION_ROWS = 64  # a batch
-_FLOAT_SHARE = 0.0065  # of the weights: the first layers that int8 leaves in float
+_FLOAT_SHARE = 0.0065  # of the weights: the first layers, which int8 keeps in float
 
 
 def write(
@@ -36,13 +36,14 @@ def write(
       path: of the file.
       layers: from `graph.fold`.
       image_px: side S of the images.
-      description: JSON object, kept in the file's properties.
+      description: JSON object, stored in the file's metadata.
       dtype: of weights and arithmetic: "float32", "float16" or "int8".
-      calibration: uint8 (N, S, S), for int8: the range of every activation is taken from them.
+      calibration: uint8 (N, S, S), for int8: images that set the range of every activation.
     """
     import onnx
 
-    model = _build(layers, image_px, np.dtype(np.float16 if dtype == "float16" else np.float32))
+    arithmetic = np.dtype(np.float16 if dtype == "float16" else np.float32)
+    model = _GraphBuilder(arithmetic).build(layers, image_px)
     if dtype == "int8":
         assert calibration is not None
         model = _quantize(model, calibration, _first_layers(layers))
@@ -66,105 +67,119 @@ def create_session(path: Path, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _build(layers: Sequence[Layer], image_px: int, dtype: np.dtype) -> Any:
-    from onnx import TensorProto, helper, numpy_helper
+class _GraphBuilder:
+    """Collects the nodes and constants of a graph; methods that add one return its name."""
 
-    nodes: list[Any] = []
-    constants: dict[str, np.ndarray] = {}
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.nodes: list[Any] = []
+        self.constants: dict[str, np.ndarray] = {}
 
-    def put(op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
-        nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
-        return name
+    def build(self, layers: Sequence[Layer], image_px: int) -> Any:
+        from onnx import TensorProto, helper, numpy_helper
 
-    def constant(name: str, value: np.ndarray) -> str:
-        constants[name] = np.ascontiguousarray(value)
-        return name
+        outputs = {INPUT: self.add_input()}
+        for layer in layers:
+            outputs[layer.name] = self.add_layer(layer, [outputs[name] for name in layer.inputs])
+        last, bias = layers[-1].name, layers[-1].bias
+        assert bias is not None
+        self.node("Cast", "logits", [last], to=TensorProto.FLOAT)
+        self.node("Softmax", "probabilities", ["logits"], axis=1)
+        results = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(bias)])
+            for name in ("logits", "probabilities")
+        ]
+        shape = ["batch", image_px, image_px]
+        images = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape)
+        tensors = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
+        return helper.make_model(
+            helper.make_graph(self.nodes, "hccr_jax", [images], results, tensors),
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="hccr_jax",
+        )
 
-    element = helper.np_dtype_to_tensor_dtype(dtype)
-    white = constant("white", np.array(255, dtype))
-    axis = constant("channel_axis", np.array([1], np.int64))
-    put("Cast", "images.float", [INPUT], to=element)
-    put("Div", "images.scaled", ["images.float", white])
-    put("Unsqueeze", "images.maps", ["images.scaled", axis])
-    outputs = {INPUT: "images.maps"}
+    def add_input(self) -> str:
+        from onnx import helper
 
-    for layer in layers:
-        inputs = [outputs[name] for name in layer.inputs]
+        white = self.constant("white", np.array(255, self.dtype))
+        axis = self.constant("channel_axis", np.array([1], np.int64))
+        element = helper.np_dtype_to_tensor_dtype(self.dtype)
+        self.node("Cast", "images.float", [INPUT], to=element)
+        self.node("Div", "images.scaled", ["images.float", white])
+        return self.node("Unsqueeze", "images.maps", ["images.scaled", axis])
+
+    def add_layer(self, layer: Layer, inputs: list[str]) -> str:
         name = f"{layer.name}.linear" if layer.activation else layer.name
-        if layer.weight is not None and layer.bias is not None:
-            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
-            inputs += [weight, constant(bias, layer.bias.astype(dtype))]
         match layer.kind:
             case "conv" | "depthwise":
-                assert layer.weight is not None
-                is_depthwise = layer.kind == "depthwise"
-                filters = layer.weight[:, :, None] if is_depthwise else layer.weight
-                constant(weight, filters.transpose(3, 2, 0, 1).astype(dtype))
-                put(
-                    "Conv", name, inputs,
-                    kernel_shape=filters.shape[:2], strides=[layer.stride] * 2,
-                    pads=[layer.padding] * 4, group=filters.shape[3] if is_depthwise else 1,
-                )  # fmt: skip
+                self.convolution(name, layer, inputs)
             case "dense":
                 assert layer.weight is not None
-                constant(weight, layer.weight.astype(dtype))
-                put("Gemm", name, inputs)
+                self.node("Gemm", name, self.with_weights(layer, inputs, layer.weight))
             case "add":
-                put("Add", name, inputs)
+                self.node("Add", name, inputs)
             case "max_pool":
                 pads = [layer.padding] * 4
-                put("MaxPool", name, inputs, kernel_shape=[3, 3], strides=[2, 2], pads=pads)
+                self.node("MaxPool", name, inputs, kernel_shape=[3, 3], strides=[2, 2], pads=pads)
             case "average_pool":
-                put("AveragePool", name, inputs, kernel_shape=[2, 2], strides=[2, 2])
+                self.node("AveragePool", name, inputs, kernel_shape=[2, 2], strides=[2, 2])
             case "mean":
-                put("Flatten", name, [put("GlobalAveragePool", f"{name}.maps", inputs)])
+                self.node("Flatten", name, [self.node("GlobalAveragePool", f"{name}.maps", inputs)])
             case "flatten":
-                last = put("Transpose", f"{name}.channels_last", inputs, perm=[0, 2, 3, 1])
-                put("Flatten", name, [last])
-        outputs[layer.name] = layer.name
+                last = self.node("Transpose", f"{name}.channels_last", inputs, perm=[0, 2, 3, 1])
+                self.node("Flatten", name, [last])
         match layer.activation:
             case "relu6":
                 limits = (("zero", 0.0), ("six", RELU6_LIMIT))
-                bounds = [constant(key, np.array(value, dtype)) for key, value in limits]
-                put("Clip", layer.name, [name, *bounds])
+                bounds = [self.constant(key, np.array(value, self.dtype)) for key, value in limits]
+                self.node("Clip", layer.name, [name, *bounds])
             case "relu":
-                put("Relu", layer.name, [name])
+                self.node("Relu", layer.name, [name])
             case "tanh":
-                put("Tanh", layer.name, [name])
+                self.node("Tanh", layer.name, [name])
+        return layer.name
 
-    last, classes = layers[-1].name, layers[-1].bias
-    assert classes is not None
-    put("Cast", "logits", [last], to=TensorProto.FLOAT)
-    put("Softmax", "probabilities", ["logits"], axis=1)
-    answers = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(classes)])
-        for name in ("logits", "probabilities")
-    ]
-    images = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["batch", image_px, image_px])
-    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "hccr_jax", [images], answers, tensors)
-    return helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="hccr_jax",
-    )
+    def convolution(self, name: str, layer: Layer, inputs: list[str]) -> None:
+        assert layer.weight is not None
+        is_depthwise = layer.kind == "depthwise"
+        filters = layer.weight[:, :, None] if is_depthwise else layer.weight
+        self.node(
+            "Conv", name, self.with_weights(layer, inputs, filters.transpose(3, 2, 0, 1)),
+            kernel_shape=filters.shape[:2], strides=[layer.stride] * 2,
+            pads=[layer.padding] * 4, group=filters.shape[3] if is_depthwise else 1,
+        )  # fmt: skip
+
+    def with_weights(self, layer: Layer, inputs: list[str], weight: np.ndarray) -> list[str]:
+        """Returns the inputs with the constants of a layer's weight and bias."""
+        assert layer.bias is not None
+        bias = self.constant(f"{layer.name}.bias", layer.bias.astype(self.dtype))
+        return [*inputs, self.constant(f"{layer.name}.weight", weight.astype(self.dtype)), bias]
+
+    def node(self, op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = np.ascontiguousarray(value)
+        return name
 
 
 def _first_layers(layers: Sequence[Layer]) -> list[str]:
-    """Returns the names of the layers that come before all but a small share of the weights."""
+    """Returns the names of the first layers, which hold a small share of the weights."""
     sizes = np.array([0 if layer.weight is None else layer.weight.size for layer in layers])
     is_first = np.cumsum(sizes) <= _FLOAT_SHARE * sizes.sum()
     return [layer.name for layer, first in zip(layers, is_first, strict=True) if first]
 
 
 def _quantize(model: Any, calibration: np.ndarray, first_layers: Sequence[str]) -> Any:
-    """Returns a float model in int8, statically: a scale for each channel of the weights.
+    """Returns a float model quantised statically to int8, weights with a scale per channel.
 
-    The first layers stay in float: their rounding costs most, their weights hardly a byte. Weights
-    have 7 bits: on x86-64 processors without VNNI, ONNX Runtime adds two products up in 16 bits,
-    and with 8 these overflow. A range is a moving mean over batches, so that one odd image hardly
-    moves it.
+    The first layers stay in float: they lose most accuracy and save few bytes. Weights have 7 bits:
+    on x86-64 processors without VNNI, ONNX Runtime adds two products in 16 bits, which overflow
+    with 8. A range is a moving mean over batches, so that a single outlier hardly changes it.
     """
     import onnx
     from onnxruntime import quantization
@@ -181,7 +196,7 @@ def _quantize(model: Any, calibration: np.ndarray, first_layers: Sequence[str]) 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(model.SerializeToString())
-        logging.disable(logging.WARNING)  # it asks for a preparation that has nothing to do here
+        logging.disable(logging.WARNING)  # it recommends a preprocessing that changes nothing here
         try:
             quantization.quantize_static(
                 source, target, Reader(),
@@ -201,10 +216,7 @@ def _quantize(model: Any, calibration: np.ndarray, first_layers: Sequence[str]) 
 
 
 def _without_zeros(model: Any) -> Any:
-    """Returns a quantised model without the zero points of its biases, which are all zero.
-
-    They are optional, and as large as the biases.
-    """
+    """Returns a quantised model without the optional zero points of its biases, which are all 0."""
     from onnx import TensorProto
 
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hccr_jax.cli import export as export_command
 from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
 from hccr_jax.export import (
@@ -269,7 +270,7 @@ def test_safetensors_hold_all_that_numpy_needs(tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
-    code = exporter.main(["export", *flags])
+    code = export_command.main(["export", *flags])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
