@@ -1,4 +1,4 @@
-"""Rules of the whole suite: warnings are errors, JAX is strict, four CPU devices stand for many."""
+"""Rules of the whole suite: warnings are errors, JAX is strict, on four CPU devices."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def casia_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Returns the flags of a job of seconds, all but --workdir, its data prepared by the first.
+    """Returns the flags of a training of seconds, without --workdir; the first prepares its data.
 
     Everything random is on. Compiled programs are kept for other runs and processes.
     """
@@ -84,7 +84,7 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Returns a function that runs the tiny job to some step in this process, without a stop."""
+    """Returns a function that runs the tiny training to some step in this process."""
     from hccr_jax import main
     from hccr_jax.train.loop import train_and_evaluate
 
@@ -99,5 +99,5 @@ def train(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture(scope="session")
 def finished(train: Callable[..., Path]) -> Path:
-    """Returns the workdir of a run of 8 steps that nothing stopped."""
+    """Returns the workdir of an unbroken run of 8 steps."""
     return train(8)

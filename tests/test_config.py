@@ -132,7 +132,7 @@ def test_epochs_become_steps_rounded_down() -> None:
     config = changed("hwdb100", num_epochs=1.5, batch_size=10, optimizer__warmup_epochs=0.5)
     assert resolve(config, 99).total == math.floor(9.9 * 1.5) == 14
     assert resolve(config, 99).warmup == 4
-    assert resolve(config, 10).warmup == 1, "a warm-up that was asked for has at least one step"
+    assert resolve(config, 10).warmup == 1, "a warm-up of some length has at least one step"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Kills, signals, damage and stalls by the hundred: docs/reliability.md says what each proves.
+"""Kills, signals, damage and stalls by the hundred: docs/reliability.md explains each.
 
 Run with `launch/test.sh -m faults`.
 """
@@ -306,7 +306,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_refused_before_and_told_during_a_run(
+def test_a_full_disk_is_refused_before_and_reported_during_a_run(
     tiny_job: list[str], small_disk: Path
 ) -> None:
     filler = small_disk / "filler"
@@ -376,7 +376,7 @@ def test_malformed_configs_are_refused_at_once(tiny_job: list[str], tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-# Runs the main job; at SIGUSR1 its main thread waits for ever, as for a disk that does not answer.
+# Runs a training; at SIGUSR1 its main thread waits for ever, as for a disk that does not respond.
 HANG = """
 import signal, sys, time
 from hccr_jax import main
@@ -415,7 +415,7 @@ def test_a_lost_process_ends_the_others(
         assert left.returncode not in (0, 143), said
         assert took < seconds + 10, took
         if event == "stop" and victim == 1:
-            # The watchdog tells it, or JAX's own heartbeats, which may miss it a moment earlier.
+            # The watchdog reports it, or JAX's own heartbeats, which may miss it a moment earlier.
             ours = r"\nlate: process 1 .* last heard of \d+ s ago\n"
             theirs = r"unhealthy \(stopped sending heartbeats\):\n1\n"
             assert re.search(f"{ours}|{theirs}", said), said
@@ -458,7 +458,7 @@ def test_twenty_thousand_steps_leave_memory_and_files_flat(
     assert (tmp_path / "metrics.jsonl").stat().st_size < 1 << 20
 
 
-def test_a_data_file_that_is_cut_short_is_told_and_made_again(
+def test_a_data_file_that_is_cut_short_is_reported_and_made_again(
     tiny_job: list[str], tmp_path: Path
 ) -> None:
     data = f"--config.data.data_dir={tmp_path / 'data'}"
@@ -477,7 +477,7 @@ def test_a_data_file_that_is_cut_short_is_told_and_made_again(
     complete([*flags, "--config.num_steps=2"], tmp_path / "again")
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_reported(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from hccr_jax.runtime.worker_pool import WorkerPool

@@ -1,4 +1,4 @@
-"""The best recipes in full, and the paper's beside them, on the real subset of 100 characters.
+"""The best recipes and the paper's in full, on the real subset of 100 characters.
 
   hccr sweep --config=configs/experiments/best.py --data_dir=DIR \
     --output=docs/measured/best.jsonl

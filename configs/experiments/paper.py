@@ -15,7 +15,7 @@ from hccr_jax.configs import v2
 WIDTH = 0.5
 EPOCHS = 8.0
 
-# Batch-norm statistics are taken anew before each evaluation, but for the last group, which
+# Batch-norm statistics are computed again before each evaluation, except in the last group, which
 # evaluates one training with different statistics: they play no part in it. It trains fast, without
 # augmentation, so that the weights move much between two validations. The paper's momentum, 0.9997,
 # looks back over 3,333 steps, an epoch of its data; here 0.99 looks back over 100, 0.6 epochs.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from hccr_jax.ops.warp import rotation_matrix, warp
 
 INK_ABOVE = 0.1  # of full ink: a row or column with more than this belongs to the ink box
-ELASTIC_CELLS = 4  # to a side: displacements are drawn at the corners of so many cells
+ELASTIC_CELLS = 4  # along each side; displacements are drawn at their corners
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # keys (B,), images (B, S, S) → (B, S, S)
 IsMirrored = Callable[[jax.Array], jax.Array]  # keys (B,) → bool (B,)
@@ -44,51 +44,37 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentOptions:
-    """Ranges of the augmentation; `configs/default.py` has their neutral values.
+    """Ranges of the augmentation; `configs/default.py` has their neutral values."""
 
-    Attributes:
-      flip_left_right_prob, flip_up_down_prob: probability of each mirroring.
-      rotate_prob, rotate_deg: with this probability rotates by U(−rotate_deg, rotate_deg).
-      resize_prob, resize_min, resize_max: with this probability stretches width and height each by
-        U(resize_min, resize_max); the longer side of the turned ink box is then brought back to
-        its length before, as the normal form would, so that only the aspect changes and nothing
-        leaves the image.
-      zoom: scales by U(1 − zoom, 1 + zoom).
-      shear: shifts each row by U(−shear, shear) times its distance from the middle row.
-      shift_px: shifts by U(−shift_px, shift_px) along each axis.
-      elastic_px: standard deviation, in pixels and along each axis, of displacements that are drawn
-        at the corners of a coarse grid and smoothly interpolated between them.
-      stroke_width: goes a fraction U(−stroke_width, stroke_width) of the way to the image whose
-        strokes are one pixel wider on each side (dilated by 3×3), or narrower (eroded).
-      erase_prob, erase_max_side: with this probability turns a rectangle to paper whose sides are
-        U(0.05, erase_max_side) of the image's.
-      noise_std: standard deviation of Gaussian noise added to every pixel (ink is 1).
-      transpose_prob: probability of mirroring at the main diagonal.
-      crop_min: shows a window at a random place in the image, whose side is U(crop_min, 1) of the
-        image's, scaled up to the whole: strokes may be cut.
-      contrast: stretches the grey values about their mean by U(1 − contrast, 1 + contrast).
-      brightness: adds U(−brightness, brightness) to every pixel. Both are clipped to [0, 1].
-    """
-
-    flip_left_right_prob: float
+    flip_left_right_prob: float  # of mirroring
     flip_up_down_prob: float
     rotate_prob: float
-    rotate_deg: float
+    rotate_deg: float  # rotates by U(−rotate_deg, rotate_deg)
+    # Stretches width and height each by U(resize_min, resize_max). The longer side of the turned
+    # ink box is then brought back to its length before, as the normal form would, so that only the
+    # aspect changes and nothing leaves the image.
     resize_prob: float
     resize_min: float
     resize_max: float
-    zoom: float
-    shear: float
-    shift_px: float
+    zoom: float  # scales by U(1 − zoom, 1 + zoom)
+    shear: float  # shifts each row by U(−shear, shear) times its distance from the middle row
+    shift_px: float  # shifts by U(−shift_px, shift_px) along each axis
+    # Standard deviation, along each axis, of displacements that are drawn at the corners of a
+    # coarse grid and smoothly interpolated between them.
     elastic_px: float
+    # Goes a fraction U(−stroke_width, stroke_width) of the way to the image whose strokes are one
+    # pixel wider on each side (dilated by 3×3), or narrower (eroded).
     stroke_width: float
+    # Turns a rectangle to paper whose sides are U(0.05, erase_max_side) of the image's.
     erase_prob: float
     erase_max_side: float
-    noise_std: float
-    transpose_prob: float
+    noise_std: float  # of Gaussian noise added to every pixel; ink is 1
+    transpose_prob: float  # of mirroring at the main diagonal
+    # Shows a window at a random place in the image, whose side is U(crop_min, 1) of the image's,
+    # scaled up to the whole: strokes may be cut.
     crop_min: float
-    contrast: float
-    brightness: float
+    contrast: float  # stretches grey values about their mean by U(1 − contrast, 1 + contrast)
+    brightness: float  # adds U(−brightness, brightness) to every pixel
 
 
 def make_augment(options: AugmentOptions) -> Augment:
@@ -97,7 +83,7 @@ def make_augment(options: AugmentOptions) -> Augment:
     Its parts act in this order, composed into one matrix: transposition, flips, rotation, resize,
     shear, zoom, shift, crop. An elastic deformation is part of the same resampling. What comes in
     from outside the image is paper. Then, pixel by pixel: stroke width, erasing, contrast,
-    brightness, noise.
+    brightness, noise, clipped to [0, 1].
 
     Returns:
       augment(keys (B,), images float32 (B, S, S) in [0, 1], ink 1) -> float32 (B, S, S). Row i

@@ -1,4 +1,4 @@
-"""Fits the classical recogniser: to the batches of a run, or to its images beside a network."""
+"""Fits MQDF: to the batches of a run, or as the ensemble member of a network to its images."""
 
 import functools
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def fit_mqdf(
 ) -> Any:
     """Returns fitted parameters of `models.mqdf.MQDF`.
 
-    The features of all images lie in memory, 2 KiB each. Every process fits by itself, to the same
-    numbers.
+    The features of all images are held in memory, 2 KiB each. Every process fits by itself, to the
+    same numbers.
 
     Args:
-      params: initial ones; tell the shapes and the minor variance.
+      params: initial ones, of the shapes and minor variance to fit.
       batches: of the training images.
       num_steps: batches to fit to.
       augment: from `augment.make_augment`; draws as the training step does.
@@ -55,7 +55,7 @@ def fit_mqdf_member(params: Any, split: Split, mesh: Mesh) -> Any:
     the characters of these.
 
     Args:
-      params: initial ones; tell the shapes and the minor variance.
+      params: initial ones, of the shapes and minor variance to fit.
       split: the training split.
       mesh: from `sharding.create_mesh`.
     """

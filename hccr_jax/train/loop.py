@@ -292,16 +292,18 @@ def _fresh_batch_stats(setup: TrainingSetup, state: TrainState) -> Any:
 
 
 def _validate(
-    job: TrainingSetup,
+    setup: TrainingSetup,
     state: TrainState,
-    statistics: Any,
-    leaves: Callable[[], bool] = lambda: False,
+    batch_stats: Any,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    size, network = job.network.eval_batch_size, job.network
-    answers = evaluate(
-        network.eval_step, state.eval_params, statistics, job.validation, size, network.mesh, leaves
-    )
-    scores = answers.summary()
+    """Returns the scores on the validation split."""
+    network = setup.network
+    predictions = evaluate(
+        network.eval_step, state.eval_params, batch_stats, setup.validation,
+        network.eval_batch_size, network.mesh, should_stop,
+    )  # fmt: skip
+    scores = predictions.summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 
 

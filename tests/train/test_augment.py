@@ -164,7 +164,7 @@ def test_a_transposed_image_keeps_its_longer_side_when_resized():
 
 
 def test_a_crop_shows_a_window_that_lies_inside_the_image():
-    # Each pixel holds its own place, so what is shown tells where the window lies.
+    # Each pixel holds its own place, so what is shown gives the place of the window.
     place = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     across = jnp.array(np.broadcast_to(place, (2000, SIZE, SIZE)))
     augment = augmentation(crop_min=0.6)
@@ -222,7 +222,7 @@ def test_every_number_is_drawn_for_one_use():
 
 def displacements(count: int, size: int, elastic_px: float) -> np.ndarray:
     """Returns where each pixel is read from, (2, B, S, S) pixels (x, y) away from its own place."""
-    # Each pixel holds its own place, so what is shown tells where it was read.
+    # Each pixel holds its own place, so what is shown is where it was read.
     place = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     across = jnp.broadcast_to(place, (count, size, size))
     augment = jax.jit(augmentation(elastic_px=elastic_px))
@@ -237,7 +237,7 @@ def test_an_elastic_field_has_its_size_and_no_jumps():
     corners = np.arange(1, ELASTIC_CELLS) * cell  # those of the edge read paper from outside
 
     def spread(places):
-        """The standard deviation at some places, which lie between two pixels."""
+        """The standard deviation at some places between two pixels."""
         around = [field[..., places - i, :][..., places - j] for i in (0, 1) for j in (0, 1)]
         return np.mean(around, axis=0).std()
 

@@ -1,4 +1,4 @@
-"""The main job in small: it writes what it promises, and a stopped run goes on as if it had not."""
+"""A tiny training: its files are complete, and a stopped run resumes bit for bit."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ from hccr_jax.train.setup import create_training_setup
 Train = Callable[..., Path]
 
 
-def test_workdir_holds_what_was_promised(finished: Path) -> None:
+def test_a_workdir_has_all_its_files(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["num_steps"] == 8
     assert config["model"]["width"] == 0.1
@@ -55,27 +55,27 @@ def test_workdir_holds_what_was_promised(finished: Path) -> None:
 
 
 def test_logged_learning_rate_is_the_schedules(finished: Path) -> None:
-    # Decay by 0.94 every int(88 / 8 · 0.2) = 2 steps, in stairs; a row tells the rate of its step.
+    # Decay by 0.94 every int(88 / 8 · 0.2) = 2 steps, in stairs; a row has the rate of its step.
     rates = [row["learning_rate"] for row in rows(finished) if "learning_rate" in row]
     np.testing.assert_allclose(rates, [1e-4 * 0.94 ** (s // 2) for s in range(8)], rtol=1e-6)
 
 
-def test_what_is_augmented_once_looks_the_same_in_every_epoch(tiny_job: list[str]) -> None:
-    job = create_training_setup(
+def test_images_augmented_once_are_the_same_in_every_epoch(tiny_job: list[str]) -> None:
+    setup = create_training_setup(
         main.parse(["main", *tiny_job, "--config.augment.once=True"]).config, Timeline()
     )
     plain = create_training_setup(main.parse(["main", *tiny_job]).config, Timeline())
-    count = len(job.train.labels)
+    count = len(setup.train.labels)
     keys = row_keys(0, AUGMENT, jnp.int32(0), count)
     augmented = jax.jit(plain.augment)(keys, to_float(jnp.array(plain.train.images)))
-    stored = job.train.images
+    stored = setup.train.images
     assert (stored.dtype, stored.shape) == (np.uint8, plain.train.images.shape)
     np.testing.assert_allclose(stored / 255, augmented, atol=0.5 / 255 + 1e-5)
     assert (stored != plain.train.images).any(axis=(1, 2)).all()
     epochs: list[list[bytes]] = [[], []]
-    for step, chunk in enumerate(job.batches.chunks(0, [1] * (2 * count // 8))):
-        images, _ = job.batches.get_batch(chunk.arrays, 0)
-        seen = job.augment(row_keys(0, AUGMENT, jnp.int32(step), 8), to_float(images))
+    for step, chunk in enumerate(setup.batches.chunks(0, [1] * (2 * count // 8))):
+        images, _ = setup.batches.get_batch(chunk.arrays, 0)
+        seen = setup.augment(row_keys(0, AUGMENT, jnp.int32(step), 8), to_float(images))
         epochs[step * 8 // count] += [image.tobytes() for image in np.asarray(seen)]
     assert len(set(epochs[0])) == count
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -97,8 +97,8 @@ def test_speed_counts_each_step_once(finished: Path) -> None:
 
 def test_the_batch_rule_scales_the_learning_rate(tiny_job: list[str]) -> None:
     rule = ["--config.optimizer.batch_rule=sqrt", "--config.optimizer.reference_batch_size=2"]
-    job = create_training_setup(main.parse(["main", *tiny_job, *rule]).config, Timeline())
-    assert float(job.schedule(0)) == pytest.approx(1e-4 * np.sqrt(8 / 2))
+    setup = create_training_setup(main.parse(["main", *tiny_job, *rule]).config, Timeline())
+    assert float(setup.schedule(0)) == pytest.approx(1e-4 * np.sqrt(8 / 2))
 
 
 def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:
     assert (results["step"], results["validation_top1"]) == (best, scores[best])
 
 
-def test_a_validation_score_on_writers_that_were_learnt_is_not_reported(
+def test_a_validation_score_on_training_writers_is_not_reported(
     train: Train, tiny_job: list[str], tmp_path: Path
 ) -> None:
     workdir = train(1, "--config.data.train_split=train+validation")
@@ -187,11 +187,13 @@ def test_resumed_run_is_bit_for_bit_the_unbroken_one(finished: Path, train: Trai
     assert one["top1"] == other["top1"] or one["step"] == 3
 
 
-def test_neither_placement_nor_the_ends_of_calls_change_a_bit(finished: Path, train: Train) -> None:
+def test_neither_placement_nor_the_ends_of_chunks_change_a_bit(
+    finished: Path, train: Train
+) -> None:
     long = ("--config.steps_per_execution=3", "--config.log_every_steps=4")
     resident = train(8, *long, "--config.data.placement=device")
     streamed = train(2, *long)
-    train(8, *long, workdir=streamed)  # its calls end elsewhere: at 2, 4, 7, 8 and not 3, 4, 7, 8
+    train(8, *long, workdir=streamed)  # its chunks end elsewhere: at 2, 4, 7, 8 and not 3, 4, 7, 8
     assert_same_checkpoint(streamed, resident, 8)
     means = [row for row in rows(resident) if "train/loss" in row]
     every = [row["train/loss"] for row in rows(finished) if "train/loss" in row]
@@ -206,7 +208,7 @@ def test_resumed_run_keeps_momentum_and_average_bit_for_bit(train: Train) -> Non
     train(5, *flags, workdir=resumed)
     for step in (4, 5):
         assert_same_checkpoint(resumed, unbroken, step)
-    # What is evaluated and handed on is the average; the weights that move on are kept beside it.
+    # `params` are the average, which is evaluated; the weights being trained are in `progress`.
     checkpoints = [saved(unbroken, step) for step in range(1, 6)]
     names = [name for name in checkpoints[0] if name.startswith("params")]
     for t, (before, after) in enumerate(itertools.pairwise(checkpoints), start=1):
