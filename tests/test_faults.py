@@ -81,7 +81,7 @@ def undisturbed(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_kill_at_a_fail_point_costs_no_bit(
+def test_a_kill_at_a_named_point_costs_no_bit(
     tiny_job: list[str], tmp_path: Path, undisturbed: Path, point: str
 ) -> None:
     flags = [*tiny_job, *OFTEN, "--config.num_steps=40"]
