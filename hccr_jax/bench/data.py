@@ -1,4 +1,4 @@
-"""A data set that the benchmark makes up, through real archives and the real code."""
+"""A synthetic data set for the benchmark, made by the library through real archives."""
 
 import functools
 import subprocess
@@ -14,10 +14,10 @@ NAME = "benchmark"
 
 
 class SyntheticData:
-    """Simulated writers, in a folder of their own; everything is made when it is first needed."""
+    """A data set of simulated writers; everything is made when it is first needed."""
 
     def __init__(self, folder: Path, num_classes: int, num_images: int) -> None:
-        """Says what the data set will hold.
+        """Sets the size of the data set.
 
         Args:
           folder: for everything.
@@ -33,7 +33,7 @@ class SyntheticData:
     def archives(self) -> Path:
         """The folder of a training and a test archive, the last writer's."""
         characters = charset.level1()[: self.num_classes]
-        # A few drawings serve for all characters: only their sizes and ink matter here.
+        # All characters share a few drawings: only sizes and the amount of ink matter here.
         drawn = archives.write_member("".join(charset.level1()[:64]), 1, seed=0)
         bitmaps = [record.bitmap for record in gnt.read_records(drawn, "drawn")]
         member = b"".join(
@@ -50,7 +50,7 @@ class SyntheticData:
         return folder
 
     def prepare(self) -> None:
-        """Makes the data set by the command that a user would run, start-up included."""
+        """Makes the data set with the user's command, start-up included."""
         command = [
             *(sys.executable, "-m", "hccr_jax", "prepare", "--overwrite", f"--name={NAME}"),
             *(f"--archives={self.archives}", f"--data_dir={self.folder}"),

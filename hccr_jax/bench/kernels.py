@@ -1,4 +1,4 @@
-"""Times the depthwise layers of a network in every form they can take: `ops/measured/` holds it."""
+"""Times every implementation of a network's depthwise layers; `ops/measured/` holds results."""
 
 import functools
 import math
@@ -31,13 +31,13 @@ def depthwise_layers(model: nnx.Module, image_px: int) -> list[Layer]:
     return list(dict.fromkeys(layers))
 
 
-def time_forms(
+def time_kernels(
     layers: Sequence[Layer], dtype: jnp.dtype, batch_size: int, seconds: float, repeats: int,
 ) -> Iterator[tuple[Layer, str, list[float] | Exception]]:  # fmt: skip
-    """Yields each layer in each form the devices can run, with its images a second by repeat.
+    """Yields (layer, implementation, images a second by repeat) for all that the devices can run.
 
-    What is timed is a layer as networks have it, batch norm and ReLU6 on both sides: forward, and
-    the gradients of everything. A form that fails is yielded with the reason.
+    A layer is timed as networks have it, with batch norm and ReLU6 on both sides: forward, and all
+    gradients. A failing implementation is yielded with its exception.
 
     Args:
       layers: from `depthwise_layers`.
@@ -50,8 +50,8 @@ def time_forms(
         for layer in layers:
             shapes = _shapes(layer, dtype, batch_size)
             programs[layer] = {
-                form: pool.submit(_compile, form, shapes, layer[-1])
-                for form in dispatch.available(shapes[0])
+                name: pool.submit(_compile, name, shapes, layer[-1])
+                for name in dispatch.available(shapes[0])
             }
     for layer in layers:
         shapes = _shapes(layer, dtype, batch_size)
@@ -61,19 +61,19 @@ def time_forms(
         arguments = jax.tree.unflatten(structure, arrays)
         runs: dict[str, Run] = {}
         failed: dict[str, Exception] = {}
-        for form, program in programs[layer].items():
+        for name, program in programs[layer].items():
             try:
                 run = functools.partial(program.result(), *arguments)
-                runs[form] = repeated(run, jax.block_until_ready)
-                runs[form](1)
-            except Exception as error:  # a compiler or a device may refuse a form
-                runs.pop(form, None)
-                failed[form] = error
+                runs[name] = repeated(run, jax.block_until_ready)
+                runs[name](1)
+            except Exception as error:  # a compiler or a device may refuse one
+                runs.pop(name, None)
+                failed[name] = error
         calls = measure(runs, seconds, repeats)
-        for form, rates in calls.items():
-            yield layer, form, [rate * batch_size for rate in rates]
-        for form in failed:
-            yield layer, form, failed[form]
+        for name, rates in calls.items():
+            yield layer, name, [rate * batch_size for rate in rates]
+        for name in failed:
+            yield layer, name, failed[name]
 
 
 def _shapes(layer: Layer, dtype: jnp.dtype, batch_size: int) -> tuple[Any, ...]:
@@ -88,12 +88,12 @@ def _shapes(layer: Layer, dtype: jnp.dtype, batch_size: int) -> tuple[Any, ...]:
     )
 
 
-def _compile(form: str, shapes: tuple[Any, ...], stride: int) -> Any:
+def _compile(implementation: str, shapes: tuple[Any, ...], stride: int) -> Any:
     """Returns the program that runs a layer forward and backward."""
 
     def layer(x, affine, weight, affine_after):
         return depthwise_block_train(
-            x, affine, weight, affine_after, stride, 1e-3, None, implementation=form
+            x, affine, weight, affine_after, stride, 1e-3, None, implementation=implementation
         )[0]
 
     def both(*arguments):

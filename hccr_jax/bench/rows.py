@@ -1,4 +1,4 @@
-"""Rows of the benchmark: contenders timed in turn, what fails told in a row of its own."""
+"""Rows of the benchmark: workloads timed in turn; a failure gets a row of its own."""
 
 import statistics
 import time
@@ -14,14 +14,14 @@ def time_in_turn(
     makers: Mapping[str, Callable[[], Workload]], *, batch_size: int, seconds: float, repeats: int,
     deadline: float,
 ) -> list[Row]:  # fmt: skip
-    """Returns one row for each contender.
+    """Returns one row for each workload.
 
     Args:
-      makers: create the contenders, by the names of their rows. The first is ours, the others are
-        the peer's, named "…_RUNG".
+      makers: create the workloads, by the names of their rows. The first is ours, the others are
+        the baseline's, named "…_MODE".
       batch_size: images a step.
       seconds, repeats: as in `timing.measure`.
-      deadline: of the monotonic clock; what is not begun by then gets a row that says so.
+      deadline: of the monotonic clock; a workload not started by then gets a row with an error.
     """
     ours = next(iter(makers))
     ready: dict[str, Workload] = {}
@@ -29,15 +29,15 @@ def time_in_turn(
     for label, make in makers.items():
         try:
             if time.monotonic() > deadline:
-                raise TimeoutError("left out: the time is up")
+                raise TimeoutError("skipped: out of time")
             workload = make()
             if workload.run:
-                workload.run(1)  # what only a first call does is over before the measuring
+                workload.run(1)  # work of a first call only is not measured
             ready[label] = workload
         except Exception as error:
             expected = isinstance(error, TimeoutError) or _is_out_of_memory(error)
             if label == ours and not expected:
-                raise  # a compiler of others may fail in any way, our own code may not
+                raise  # the baseline's compiler may fail in any way, our own code may not
             failed[label] = reason(error)
     runs = {label: workload.run for label, workload in ready.items() if workload.run}
     try:
@@ -52,12 +52,12 @@ def time_in_turn(
     }
     limit = ready[ours].roofline if ours in ready else None
     rows = {label: _columns(ready[label], rates[label], batch_size, limit) for label in ready}
-    peers = [label for label in ready if label != ours]
-    if peers and ours in rows:
-        best = max(peers, key=lambda label: rows[label]["images_per_second"])
+    baselines = [label for label in ready if label != ours]
+    if baselines and ours in rows:
+        best = max(baselines, key=lambda label: rows[label]["images_per_second"])
         pairs = zip(rates[ours], rates[best], strict=True)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        rows[ours] |= {"peer": best.rpartition("_")[2], "ratio": round(ratio, 3)}
+        rows[ours] |= {"baseline": best.rpartition("_")[2], "ratio": round(ratio, 3)}
     return [
         {"row": label, **(rows[label] if label in rows else {"error": failed[label]})}
         for label in makers
@@ -65,7 +65,7 @@ def time_in_turn(
 
 
 def spread(rates: list[float]) -> Row:
-    """Returns the columns of some images a second, one figure a repeat."""
+    """Returns the columns of some rates in images a second, one a repeat."""
     return {
         "images_per_second": round(statistics.median(rates), 1),
         "min": round(min(rates), 1),
@@ -82,7 +82,7 @@ def _columns(workload: Workload, rates: list[float], batch_size: int, limit: flo
         "peak_memory_mib": _rounded(workload.memory_mib, 1),
         "roofline_images_per_second": _rounded(limit, 1),
         "roofline_fraction": _rounded(speed / limit if limit else None, 4),
-        "peer": None,
+        "baseline": None,
         "ratio": None,
     }
     if workload.of_step:
@@ -102,7 +102,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Returns why something could not be measured, in one line."""
+    """Returns the reason of a failure, in one line."""
     if _is_out_of_memory(error):
         return "out of memory"
     lines = str(error).splitlines()

@@ -1,19 +1,16 @@
 """The benchmark's JSON files as Markdown tables and as a plot."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hccr_jax.errors import InputError
 from hccr_jax.report import plots
-from hccr_jax.report.markdown import _cell, to_table
+from hccr_jax.report.markdown import Row, read_rows, to_table
 
-# (heading, key, format) of the columns; those that no row fills are left out.
+# (heading, key, format) of the columns; those that are empty in all rows are left out.
 COLUMNS = (
     ("images/s, median (min–max)", "images_per_second", "{:,.0f}"),
     ("ms a step", "ms_per_step", "{:,.2f}"),
-    ("PyTorch's best", "peer", "{}"),
+    ("PyTorch's best", "baseline", "{}"),
     ("ratio", "ratio", "{:.2f}"),
     ("of the step alone", "of_step", "{:.2f}"),
     ("roofline, images/s", "roofline_images_per_second", "{:,.0f}"),
@@ -29,33 +26,25 @@ VARIED = {
 }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file that the benchmark wrote.
-
-    Raises:
-      InputError: it is not there, or not such a file.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))["rows"]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a file that the benchmark's --output wrote") from error
+def read_results(path: Path) -> list[Row]:
+    """Returns the rows of a file that `hccr benchmark --output` wrote; see `read_rows`."""
+    rows = read_rows(path, {"row", "about"}, "hccr benchmark --output")
+    return [{"baseline": row.get("peer"), **row} for row in rows]  # its name in version 0.1
 
 
-def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns Markdown: a heading and a table for each set-up that the rows were measured in."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Returns Markdown: a heading and a table for each setting that the rows were measured in."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_heading(row), []).append(row)
     parts = []
     for heading, group in groups.items():
-        table = _forms_table(group) if "layer" in group[0]["about"] else _table(group)
+        table = _kernels_table(group) if "layer" in group[0]["about"] else _table(group)
         parts.append(f"{heading}\n\n{table}")
     return "\n\n".join(parts)
 
 
-def plot_scaling(rows: Sequence[dict[str, Any]], folder: Path) -> Path | None:
+def plot_scaling(rows: Sequence[Row], folder: Path) -> Path | None:
     """Draws speed against what `--suite=scaling` varied, in `folder`; None without such rows."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
@@ -67,7 +56,7 @@ def plot_scaling(rows: Sequence[dict[str, Any]], folder: Path) -> Path | None:
     return plots.write_scaling(panels, folder) if panels else None
 
 
-def _heading(row: dict[str, Any]) -> str:
+def _heading(row: Row) -> str:
     about = row["about"]
     varied = row.get("varied")
     if "layer" in about:
@@ -87,7 +76,7 @@ def _heading(row: dict[str, Any]) -> str:
     return ", ".join(parts) + f"; {where}" + f"; commit {about['commit']}" * bool(about["commit"])
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     lines = [["", *(heading for heading, _, _ in columns)]]
     for row in rows:
@@ -101,18 +90,27 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return to_table(lines)
 
 
-def _forms_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a line for each layer and a column for each form; images a second, the best bold."""
-    forms = list(dict.fromkeys(row["row"].rpartition("/")[2] for row in rows))
+def _kernels_table(rows: Sequence[Row]) -> str:
+    """Returns images/s by layer (lines) and implementation (columns), the best in bold."""
+    implementations = list(dict.fromkeys(row["row"].rpartition("/")[2] for row in rows))
     layers: dict[str, dict[str, float]] = {}
     for row in rows:
-        name = "{}×{}×{}, stride {}".format(*row["about"]["layer"])
-        form = row["row"].rpartition("/")[2]
-        layers.setdefault(name, {})[form] = row.get("images_per_second", 0.0)
-    lines = [["input", *forms]]
-    for name, speeds in layers.items():
+        layer = "{}×{}×{}, stride {}".format(*row["about"]["layer"])
+        name = row["row"].rpartition("/")[2]
+        layers.setdefault(layer, {})[name] = row.get("images_per_second", 0.0)
+    lines = [["input", *implementations]]
+    for layer, speeds in layers.items():
         best = max(speeds.values())
-        cells = [f"{speeds[form]:,.0f}" if form in speeds else "" for form in forms]
+        cells = [f"{speeds[name]:,.0f}" if name in speeds else "" for name in implementations]
         cells = [f"**{cell}**" if cell == f"{best:,.0f}" else cell for cell in cells]
-        lines.append([name, *cells])
+        lines.append([layer, *cells])
     return to_table(lines)
+
+
+def _cell(row: Row, key: str, form: str) -> str:
+    if row.get(key) is None:
+        return ""
+    text = form.format(row[key])
+    if key == "images_per_second":
+        text += f" ({row['min']:,.0f}–{row['max']:,.0f})"
+    return text

@@ -1,4 +1,4 @@
-"""Times functions in turn, by duration."""
+"""Timing of several functions in turn."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# run(n) makes n calls of what is timed and returns once the last is done.
+# run(n) makes n calls of the timed function and waits for the last.
 Run = Callable[[int], None]
 
 
@@ -15,14 +15,14 @@ class Workload:
     """Something to time.
 
     Attributes:
-      run: run(n) makes n calls and returns once the last is done; None where `rates` are given.
+      run: run(n) makes n calls and waits for the last; None where `rates` are given.
       images: of one call.
-      compile_seconds: it took to trace and compile what is called; None where nothing is.
+      compile_seconds: of tracing and compiling; None where nothing is compiled.
       memory_mib: a device's memory that the compiled program needs, its arguments included.
       roofline: images a second at most, see `roofline.py`; None where there is no such limit.
       levels: the same in training at each level of fusion.
-      rates: images a second, one figure a repeat, of what times itself.
-      of_step: speed of what times itself, in shares of the augmented step's just before.
+      rates: images a second, one a repeat, of a workload that times itself.
+      of_step: its speed over that of the augmented step alone, timed just before.
       in_steps: whether it works batch by batch.
     """
 
@@ -52,9 +52,9 @@ def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = lambda result
 def measure(runs: Mapping[str, Run], seconds: float, repeats: int) -> dict[str, list[float]]:
     """Returns calls a second of each run, one figure a repeat.
 
-    The runs take turns within a repeat, so that a drift of the machine's speed hits them all. How
-    many calls make a repeat is found first, outside the clock, which also warms up; but whatever a
-    first call does once, such as compiling, is to be over before.
+    The runs take turns within a repeat, so that a drift of the machine's speed affects them all.
+    How many calls make a repeat is found before, which is also the warm-up; but one-time work of a
+    first call, such as compiling, must already be done.
 
     Args:
       runs: by name.

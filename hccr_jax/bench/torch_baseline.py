@@ -1,10 +1,11 @@
 """The PyTorch baseline of the benchmark: the same networks, written as a PyTorch user would.
 
 Channels last, float32 on a CPU and bfloat16 autocast on a GPU, fused Adam, augmentation by one
-`grid_sample` on the device, images as uint8 in its memory. Needs the optional extra `peer`.
+`grid_sample` on the device, images as uint8 in its memory. Needs the optional extra `baseline`.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,8 @@ from hccr_jax.models.mobilenet_v2 import STAGES
 from hccr_jax.runtime.worker_pool import cpu_count
 from hccr_jax.train.augment import make_augment as make_ours
 
-# Ways to run, each the one before and more: `torch.compile` of the whole forward pass and loss; a
-# CUDA graph of the whole step: augmentation, forward and backward pass, update.
+# Each mode adds to the one before: "compile" is `torch.compile` of the whole forward pass and loss;
+# "graph" is a CUDA graph of the whole step: augmentation, forward and backward pass, update.
 MODES = ("eager", "compile", "graph")
 
 
@@ -86,76 +87,29 @@ def create_network(name: str, num_classes: int, width: float, dropout_rate: floa
 
 
 def make_augment(
-    *,
-    flip_left_right_prob: float,
-    flip_up_down_prob: float,
-    rotate_prob: float,
-    rotate_deg: float,
-    resize_prob: float,
-    resize_min: float,
-    resize_max: float,
-    zoom: float,
-    shear: float,
-    shift_px: float,
-    erase_prob: float,
-    erase_max_side: float,
-    noise_std: float,
-    **others: float,
+    *, erase_prob: float, erase_max_side: float, noise_std: float, **options: float
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns augment(images uint8 (B, S, S)) -> float32 (B, 1, S, S) in [0, 1].
 
-    The ranges of `augment.make_augment`. A stretched image is brought back to size by the larger of
-    its two factors, where ours measures the ink: a little less work than ours.
+    The options and ranges of `augment.make_augment`.
 
     Raises:
-      InputError: one of `others`, which only ours has, is on.
+      InputError: an option that only ours has is on.
     """
-    for name, value in others.items():
-        if value != (make_ours.__kwdefaults__ or {})[name]:
+    warped = inspect.signature(_draw_maps).parameters
+    for name, value in options.items():
+        if name not in warped and value != (make_ours.__kwdefaults__ or {})[name]:
             raise InputError(f"config.augment.{name}={value}: PyTorch's augmentation has no such")
+    ranges: dict[str, Any] = {k: v for k, v in options.items() if k in warped}
 
     def augment(images: torch.Tensor) -> torch.Tensor:
         batch, size, _ = images.shape
-
-        def draw(low: float, high: float, *shape: int) -> torch.Tensor:
-            return torch.empty(batch, *shape, device=images.device).uniform_(low, high)
-
-        def happens(probability: float, *shape: int) -> torch.Tensor:
-            return draw(0.0, 1.0, *shape) < probability
-
-        def matrix(a: Any, b: Any, c: Any, d: Any) -> torch.Tensor:
-            return torch.stack([a, b, c, d], -1).view(batch, 2, 2)
-
-        # grid_sample wants the way back, from the result to the image: all inverses, in reverse.
-        zero, one = (
-            torch.zeros(batch, device=images.device),
-            torch.ones(batch, device=images.device),
-        )
-        flip_x = 1.0 - 2.0 * happens(flip_left_right_prob)
-        flip_y = 1.0 - 2.0 * happens(flip_up_down_prob)
-        angle = draw(-math.radians(rotate_deg), math.radians(rotate_deg)) * happens(rotate_prob)
-        cosine, sine = angle.cos(), angle.sin()
-        stretch = torch.where(happens(resize_prob, 1), draw(resize_min, resize_max, 2), 1.0)
-        stretch = stretch / stretch.amax(1, keepdim=True) * draw(1.0 - zoom, 1.0 + zoom, 1)
-        back = (
-            matrix(flip_x, zero, zero, flip_y)
-            @ matrix(cosine, -sine, sine, cosine)
-            @ matrix(1.0 / stretch[:, 0], zero, zero, 1.0 / stretch[:, 1])
-            @ matrix(one, -draw(-shear, shear), zero, one)
-        )
-        shift = back @ draw(-shift_px, shift_px, 2, 1) * (-2.0 / size)
-        grid = nn.functional.affine_grid(
-            torch.cat([back, shift], 2), [batch, 1, size, size], align_corners=False
-        )
+        maps = _draw_maps(batch, size, images.device, **ranges)
+        grid = nn.functional.affine_grid(maps, [batch, 1, size, size], align_corners=False)
         x = images[:, None].float() / 255.0
         x = nn.functional.grid_sample(x, grid, align_corners=False)
         if erase_prob > 0:
-            sides = size * draw(0.05, erase_max_side, 2)
-            starts = draw(0.0, 1.0, 2) * (size - sides)
-            place = torch.arange(size, device=images.device) + 0.5
-            inside = (place >= starts[..., None]) & (place < (starts + sides)[..., None])
-            inside &= happens(erase_prob, 1, 1)
-            x = x.masked_fill(inside[:, 1, None, :, None] & inside[:, 0, None, None, :], 0.0)
+            x = _erase(x, erase_prob, erase_max_side)
         if noise_std > 0:
             x = (x + noise_std * torch.randn_like(x)).clamp(0.0, 1.0)
         return x
@@ -163,8 +117,61 @@ def make_augment(
     return augment
 
 
-class Peer:
-    """The baseline at one batch size, for the rows of the benchmark.
+def _draw_maps(
+    batch: int, size: int, device: torch.device, *, flip_left_right_prob: float,
+    flip_up_down_prob: float, rotate_prob: float, rotate_deg: float, resize_prob: float,
+    resize_min: float, resize_max: float, zoom: float, shear: float, shift_px: float,
+) -> torch.Tensor:  # fmt: skip
+    """Returns random affine maps (B, 2, 3) from the result to the image, for `affine_grid`.
+
+    A stretched image is brought back to size by the larger of its two factors, where ours measures
+    the ink: slightly less work than ours.
+    """
+    draw = functools.partial(_draw, batch, device)
+
+    def happens(probability: float, *shape: int) -> torch.Tensor:
+        return draw(0.0, 1.0, *shape) < probability
+
+    def matrix(a: Any, b: Any, c: Any, d: Any) -> torch.Tensor:
+        return torch.stack([a, b, c, d], -1).view(batch, 2, 2)
+
+    # From the result to the image: the inverses, in reverse order.
+    zero, one = torch.zeros(batch, device=device), torch.ones(batch, device=device)
+    flip_x = 1.0 - 2.0 * happens(flip_left_right_prob)
+    flip_y = 1.0 - 2.0 * happens(flip_up_down_prob)
+    angle = draw(-math.radians(rotate_deg), math.radians(rotate_deg)) * happens(rotate_prob)
+    cosine, sine = angle.cos(), angle.sin()
+    stretch = torch.where(happens(resize_prob, 1), draw(resize_min, resize_max, 2), 1.0)
+    stretch = stretch / stretch.amax(1, keepdim=True) * draw(1.0 - zoom, 1.0 + zoom, 1)
+    back = (
+        matrix(flip_x, zero, zero, flip_y)
+        @ matrix(cosine, -sine, sine, cosine)
+        @ matrix(1.0 / stretch[:, 0], zero, zero, 1.0 / stretch[:, 1])
+        @ matrix(one, -draw(-shear, shear), zero, one)
+    )
+    shift = back @ draw(-shift_px, shift_px, 2, 1) * (-2.0 / size)
+    return torch.cat([back, shift], 2)
+
+
+def _erase(x: torch.Tensor, probability: float, max_side: float) -> torch.Tensor:
+    """Returns images (B, 1, S, S), some with a random rectangle set to 0."""
+    batch, _, size, _ = x.shape
+    draw = functools.partial(_draw, batch, x.device)
+    sides = size * draw(0.05, max_side, 2)
+    starts = draw(0.0, 1.0, 2) * (size - sides)
+    place = torch.arange(size, device=x.device) + 0.5
+    inside = (place >= starts[..., None]) & (place < (starts + sides)[..., None])
+    inside &= draw(0.0, 1.0, 1, 1) < probability
+    return x.masked_fill(inside[:, 1, None, :, None] & inside[:, 0, None, None, :], 0.0)
+
+
+def _draw(batch: int, device: torch.device, low: float, high: float, *shape: int) -> torch.Tensor:
+    """Returns uniform draws (B, …)."""
+    return torch.empty(batch, *shape, device=device).uniform_(low, high)
+
+
+class Baseline:
+    """The PyTorch workloads at one batch size.
 
     Attributes:
       parameters: trained values of the network.
@@ -180,7 +187,7 @@ class Peer:
           name, num_classes, width, dropout_rate: as in `create_network`.
           batch_size: B, images a step.
           image_px: S, side of the images.
-          num_images: in the device's memory, for the rows that draw their batch from them.
+          num_images: in the device's memory, for the rows that take their batches from them.
           augment: arguments of `make_augment`.
         """
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,34 +204,34 @@ class Peer:
         self._labels = torch.randint(num_classes, (num_images,), device=self._device)
         self._augment = make_augment(**augment)
 
-    def make_run(self, row: str, rung: str) -> Callable[[int], None]:
+    def make_run(self, row: str, mode: str) -> Callable[[int], None]:
         """Returns run(n), which does n steps of a row and waits for the last.
 
         The network is shared: finish with the runs of one row before making those of another.
 
         Args:
           row: "train_step", "train_step_augmented", "forward" or "augment".
-          rung: one of `MODES`.
+          mode: one of `MODES`.
 
         Raises:
-          RuntimeError: a graph was asked for without a GPU, or PyTorch cannot compile the step.
+          RuntimeError: a graph is requested without a GPU, or PyTorch cannot compile the step.
         """
-        if rung == "graph" and self._device == "cpu":
-            raise RuntimeError("left out: CUDA graphs need a GPU")
+        if mode == "graph" and self._device == "cpu":
+            raise RuntimeError("skipped: CUDA graphs need a GPU")
         self.release_memory()
-        compiled, learns = rung != "eager", row.startswith("train_step")
+        compiled, learns = mode != "eager", row.startswith("train_step")
         self._network.train(learns)
         images, labels = self._images[: self._batch_size], self._labels[: self._batch_size]
         step: Callable[[], Any]
         if learns:
             step = self._train_step(row == "train_step_augmented", compiled)
         elif row == "forward":
-            answer = self._compiled_answer if compiled else self._answer
-            step = torch.inference_mode()(lambda: answer(images, labels))
+            forward = self._compiled_forward if compiled else self._forward
+            step = torch.inference_mode()(lambda: forward(images, labels))
         else:
             augment = self._compiled_augment if compiled else self._augment
             step = torch.inference_mode()(lambda: augment(images))
-        if rung == "graph":
+        if mode == "graph":
             step = _capture(step)
 
         def run(num_steps: int) -> None:
@@ -236,11 +243,11 @@ class Peer:
         return run
 
     def memory_mib(self) -> float | None:
-        """Returns the most GPU memory that PyTorch has held since the last `make_run` began."""
+        """Returns the peak GPU memory of PyTorch since the start of the last `make_run`."""
         return torch.cuda.max_memory_allocated() / 2**20 if self._device == "cuda" else None
 
     def release_memory(self) -> None:
-        """Gives back GPU memory that PyTorch keeps for later, for JAX to use."""
+        """Frees GPU memory that PyTorch caches, for JAX to use."""
         if self._device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -268,8 +275,8 @@ class Peer:
         with torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
             return nn.functional.cross_entropy(self._network(images), labels)
 
-    def _answer(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Returns what our evaluation step does: losses, and the five best with probabilities."""
+    def _forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Returns losses and the five best with probabilities, as our evaluation step does."""
         x = (images[:, None].float() / 255.0).to(memory_format=torch.channels_last)
         with torch.autocast(self._device, torch.bfloat16, enabled=self._device == "cuda"):
             logits = self._network(x).float()
@@ -281,8 +288,8 @@ class Peer:
         return torch.compile(self._loss, dynamic=False)
 
     @functools.cached_property
-    def _compiled_answer(self) -> Callable[..., Any]:
-        return torch.compile(self._answer, dynamic=False)
+    def _compiled_forward(self) -> Callable[..., Any]:
+        return torch.compile(self._forward, dynamic=False)
 
     @functools.cached_property
     def _compiled_augment(self) -> Callable[..., Any]:
@@ -290,7 +297,7 @@ class Peer:
 
 
 def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns the replay of a step on the GPU, captured once it has run in and is compiled."""
+    """Returns the replay of a step on the GPU, captured after a warm-up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -294,7 +294,7 @@ class _BatchesAndSteps(BatchSource):
             yield chunk
 
 
-# The rows of the benchmark. First those that a peer has no part in: once it has started, its
+# The rows of the benchmark. First those without a baseline: once PyTorch has started, its
 # threads and its share of the memory stay.
 ROWS = (
     "train_loop", "evaluation", "data_reading", "prepare", "train_step", "train_step_augmented",

@@ -1,34 +1,34 @@
-"""Times training and what belongs to it: one JSON line a row.
+"""Measures the speed of training, evaluation and data reading: one JSON line a row.
 
 Examples:
 
   hccr benchmark --config=configs/v2.py --batch_size=128
-  hccr benchmark --config=configs/v2.py --rows=train_step,forward --peer=torch
+  hccr benchmark --config=configs/v2.py --rows=train_step,forward --baseline=torch
   hccr benchmark --config=configs/v2.py --suite=gpu --output=gpu.json
   hccr benchmark --config=configs/v2.py --suite=scaling --output=scaling.json
-  hccr benchmark --config=configs/v2.py --suite=forms --output=forms.json
+  hccr benchmark --config=configs/v2.py --suite=kernels --output=kernels.json
   hccr benchmark --render=gpu.json,scaling.json
 
 Rows: train_loop, evaluation, data_reading, prepare, train_step, train_step_augmented, forward,
-augment. What does not fit into the device's memory gets a row that says so.
+augment. A workload that does not fit into the device's memory gets a row with an error.
 
-With --peer=torch (pip install 'hccr_jax[peer]') PyTorch does the same work in turn with ours, in
-one process, so that a drift of the machine's speed hits both: eager, under torch.compile, and on a
-GPU in one CUDA graph. The fastest of these is the row's "peer"; "ratio" is how much faster ours is,
-the median over pairs.
+With --baseline=torch (pip install 'hccr_jax[baseline]') PyTorch does the same work in turn with
+ours, in one process, so that a drift of the machine's speed affects both: eager, under
+torch.compile, and on a GPU in one CUDA graph (--modes). The fastest of these is the row's
+"baseline"; "ratio" is how much faster ours is, the median over pairs.
 
---suite=cpu and --suite=gpu are all rows and the peer at batch 128, and at 256, 1,024 and 4,096;
---suite=scaling varies batch size, image size, width and classes of the training step; --suite=forms
-times each kind of depthwise layer in every form it can take, and the library chooses by what lies
-in hccr_jax/ops/measured/. A suite ends with a table on stderr. --render prints such tables as
-Markdown from what --output wrote, and draws scaling.png beside the first file.
+--suite=cpu and --suite=gpu are all rows and the baseline at batch 128, and at 256, 1,024 and 4,096;
+--suite=scaling varies batch size, image size, width and classes of the training step;
+--suite=kernels times every implementation of each kind of depthwise layer, and the library chooses
+by such results in hccr_jax/ops/measured/. A suite ends with a table on stderr. --render prints such
+tables as Markdown from the files of --output, and draws scaling.png next to the first.
 
 The roofline is the limit that the memory bandwidth and the matrix units of this device, measured in
 the same run, set to a step whose batch norm and ReLU6 are fused into their neighbours
 (`hccr_jax/bench/roofline.py`).
 
-Programs are compiled anew, and how long that took is told, unless JAX_COMPILATION_CACHE_DIR names a
-folder to keep them in.
+Programs are compiled in every run, and the seconds are reported, unless JAX_COMPILATION_CACHE_DIR
+names a folder to keep them in.
 """
 
 import dataclasses
@@ -37,9 +37,6 @@ import gc
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,7 +50,8 @@ from ml_collections import ConfigDict
 
 from hccr_jax.bench import roofline, tables
 from hccr_jax.bench.data import SyntheticData
-from hccr_jax.bench.kernels import depthwise_layers, time_forms
+from hccr_jax.bench.environment import describe_environment
+from hccr_jax.bench.kernels import depthwise_layers, time_kernels
 from hccr_jax.bench.rows import Row, reason, spread, time_in_turn
 from hccr_jax.bench.timing import Workload
 from hccr_jax.bench.workloads import ROWS, Workloads
@@ -64,12 +62,12 @@ from hccr_jax.inference.network import compute_dtype, create_module
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.startup import prepare_process
 from hccr_jax.runtime.workdir import replace_text
-from hccr_jax.runtime.worker_pool import cpu_count
 from hccr_jax.train.setup import augment_options
 
 BASELINE_ROWS = ("train_step", "train_step_augmented", "forward", "augment")
-SUITES = ("gpu", "cpu", "scaling", "forms")
-GPU_SUITE_SECONDS = 420.0  # a row that has begun may take a minute more
+SUITES = ("gpu", "cpu", "scaling", "kernels")
+RENAMED = {"--peer": "--baseline", "--rungs": "--modes", "--suite=forms": "--suite=kernels"}
+GPU_SUITE_SECONDS = 420.0  # a row that has started may take a minute more
 SCALING = {"image_px": (64, 96, 112), "width": (0.5, 1.0, 1.4), "num_classes": (100, 3755, 7000)}
 
 
@@ -77,6 +75,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line and returns its exit code: 0 done, 2 wrong request."""
     render = [argument.partition("=")[2] for argument in argv if argument.startswith("--render=")]
     own = _define_flags()
+    argv = [_upgrade(argument) for argument in argv]
     try:
         if render:
             print(_render([Path(path) for path in render[0].split(",")]))
@@ -107,16 +106,27 @@ def _define_flags() -> flags.FlagValues:
         lower_bound=0.0, flag_values=own,
     )  # fmt: skip
     flags.DEFINE_integer("repeats", 5, "Repeats of each row.", lower_bound=1, flag_values=own)
-    flags.DEFINE_enum("peer", None, ["torch"], "What to time beside ours.", flag_values=own)
+    flags.DEFINE_enum("baseline", None, ["torch"], "Time this as well.", flag_values=own)
     flags.DEFINE_list("modes", None, "eager, compile, graph; all where not given.", flag_values=own)
-    flags.DEFINE_enum("suite", None, SUITES, "Rows, sizes and peer of a report.", flag_values=own)
+    flags.DEFINE_enum(
+        "suite", None, SUITES, "Rows, sizes and baseline of a report.", flag_values=own
+    )
     flags.DEFINE_integer(
-        "num_images", None, "Characters of the data set made up for the rows that read data; "
+        "num_images", None, "Characters of the synthetic data set for the rows that read data; "
         "20,000 or two batches where not given.", lower_bound=1, flag_values=own,
     )  # fmt: skip
     flags.DEFINE_string("output", None, "Write all rows to this JSON file.", flag_values=own)
     flags.DEFINE_string("render", None, "Files to print as tables.", flag_values=own)
     return own
+
+
+def _upgrade(argument: str) -> str:
+    """Returns an argument with the flag's name of today, and warns of a name of version 0.1."""
+    for old, new in RENAMED.items():
+        if argument == old or argument.startswith(f"{old}="):
+            print(f"warning: {old} is now {new}", file=sys.stderr)
+            return new + argument.removeprefix(old)
+    return argument
 
 
 def _run(values: flags.FlagValues) -> None:
@@ -131,20 +141,22 @@ def _run(values: flags.FlagValues) -> None:
         )
     if output and not output.absolute().parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}")
-    torch_baseline = _import_baseline() if values.peer or values.suite in ("gpu", "cpu") else None
+    torch_baseline = (
+        _import_baseline() if values.baseline or values.suite in ("gpu", "cpu") else None
+    )
     if torch_baseline:
         _check_choice("modes", values.modes or (), torch_baseline.MODES)
         if not values.config.model.name.startswith("mobilenet"):
             raise InputError(
-                f"--peer=torch: there is no {values.config.model.name} to compare with"
+                f"--baseline=torch: there is no {values.config.model.name} to compare with"
             )
         # Or JAX would take most of a GPU's memory for itself as it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     prepare_process()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile_seconds tells the first time
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile_seconds is of a first compilation
         jax.config.update("jax_enable_compilation_cache", False)
     if torch_baseline and jax.device_count() > 1 and jax.default_backend() != "cpu":
-        raise InputError("--peer=torch compares on one device: let JAX see one only")
+        raise InputError("--baseline=torch compares on one device: let JAX see one only")
     sizes = _batch_sizes(values)
     rows = []
     with tempfile.TemporaryDirectory(prefix="hccr_benchmark_") as folder:
@@ -164,19 +176,19 @@ def _measure(
     values: flags.FlagValues, points: Sequence[Row], names: Sequence[str], data: SyntheticData,
     torch_baseline: Any,
 ) -> Iterator[Row]:  # fmt: skip
-    """Yields the rows of each set-up, ours and the peer's."""
+    """Yields the rows of each setting, ours and the baseline's."""
     seconds = values.seconds or (1.0 if jax.default_backend() == "cpu" else 0.3)
     deadline = time.monotonic() + (GPU_SUITE_SECONDS if values.suite == "gpu" else math.inf)
     _say("the device: a copy and a matrix product")
     dtype = compute_dtype(values.config)
     speeds = roofline.measure_speeds(sharding.create_mesh(), dtype, seconds)
-    common = {"model": values.config.model.name, "dtype": str(dtype)} | _surroundings()
+    common = {"model": values.config.model.name, "dtype": str(dtype)} | describe_environment()
     common["copy_gigabytes_per_second"] = round(speeds.bandwidth / 1e9, 1)
     common["product_teraflops"] = round(speeds.operations / 1e12, 3)
     if torch_baseline:
         common["versions"]["torch"] = torch_baseline.torch.__version__
-    if values.suite == "forms":
-        yield from _time_forms(values, points[0], common, seconds)
+    if values.suite == "kernels":
+        yield from _time_kernels(values, points[0], common, seconds)
         return
     for point in points:
         config, batch_size = values.config.copy_and_resolve_references(), point["batch_size"]
@@ -188,17 +200,17 @@ def _measure(
         more = {"about": about | {"parameters": workloads.parameters} | common}
         if "varied" in point:
             more["varied"] = point["varied"]
-        peer = None
+        baseline = None
         for name in names:
             if name == "prepare" and point is not points[0]:
-                continue  # it knows no batches: once is enough
+                continue  # it has no batches: once is enough
             _say(", ".join([name, *(f"{key} {value}" for key, value in about.items())]))
             makers = {name: getattr(workloads, name)}
             if torch_baseline and name in BASELINE_ROWS:
-                peer = peer or _create_baseline(torch_baseline, config, workloads)
-                for rung in values.modes or torch_baseline.MODES:
-                    theirs = functools.partial(_theirs, peer, name, rung, batch_size)
-                    makers[f"{name}/torch_{rung}"] = theirs
+                baseline = baseline or _create_baseline(torch_baseline, config, workloads)
+                for mode in values.modes or torch_baseline.MODES:
+                    make = functools.partial(_create_workload, baseline, name, mode, batch_size)
+                    makers[f"{name}/torch_{mode}"] = make
             for row in time_in_turn(
                 makers,
                 batch_size=batch_size,
@@ -208,26 +220,28 @@ def _measure(
             ):
                 yield row | more
             gc.collect()  # whatever still holds memory of the device
-            if peer:
-                peer.release_memory()
+            if baseline:
+                baseline.release_memory()
 
 
-def _time_forms(values: flags.FlagValues, point: Row, common: Row, seconds: float) -> Iterator[Row]:
-    """Yields a row for each form of each kind of depthwise layer."""
+def _time_kernels(
+    values: flags.FlagValues, point: Row, common: Row, seconds: float
+) -> Iterator[Row]:
+    """Yields a row for each implementation of each kind of depthwise layer."""
     size, model = point["batch_size"], create_module(values.config, num_classes=2)
     dtype = compute_dtype(values.config)
     layers = depthwise_layers(model, point["image_px"])
-    _say(f"{len(layers)} kinds of depthwise layers: compiling all their forms")
-    for layer, form, rates in time_forms(layers, dtype, size, seconds, values.repeats):
-        _say("depthwise {}×{}×{}, stride {}".format(*layer) + f", {form}")
+    _say(f"{len(layers)} kinds of depthwise layers: compiling all implementations")
+    for layer, implementation, rates in time_kernels(layers, dtype, size, seconds, values.repeats):
+        _say("depthwise {}×{}×{}, stride {}".format(*layer) + f", {implementation}")
         about = {"layer": layer, "device_kind": jax.devices()[0].device_kind, "batch_size": size}
         figures = {"error": reason(rates)} if isinstance(rates, Exception) else spread(rates)
-        yield {"row": f"depthwise/{form}", **figures, "about": about | common}
+        yield {"row": f"depthwise/{implementation}", **figures, "about": about | common}
 
 
 def _create_baseline(torch_baseline: Any, config: ConfigDict, workloads: Workloads) -> Any:
     """Returns the PyTorch baseline of the same network, images and augmentation."""
-    peer = torch_baseline.Peer(
+    baseline = torch_baseline.Baseline(
         config.model.name,
         workloads.num_classes,
         config.model.width,
@@ -237,22 +251,22 @@ def _create_baseline(torch_baseline: Any, config: ConfigDict, workloads: Workloa
         2 * workloads.batch_size,
         dataclasses.asdict(augment_options(config)),
     )
-    if peer.parameters != workloads.parameters:
-        raise ValueError(f"{workloads.parameters} parameters, in PyTorch {peer.parameters}")
-    return peer
+    if baseline.parameters != workloads.parameters:
+        raise ValueError(f"{workloads.parameters} parameters, in PyTorch {baseline.parameters}")
+    return baseline
 
 
-def _theirs(peer: Any, name: str, rung: str, batch_size: int) -> Workload:
-    """Returns a rung of the peer, its compilation done."""
+def _create_workload(baseline: Any, name: str, mode: str, batch_size: int) -> Workload:
+    """Returns a row of the baseline in one mode, compiled."""
     start = time.perf_counter()
-    run = peer.make_run(name, rung)
+    run = baseline.make_run(name, mode)
     run(1)
-    seconds = None if rung == "eager" else time.perf_counter() - start
-    return Workload(run, batch_size, seconds, peer.memory_mib())
+    seconds = None if mode == "eager" else time.perf_counter() - start
+    return Workload(run, batch_size, seconds, baseline.memory_mib())
 
 
 def _points(values: flags.FlagValues, sizes: Sequence[int]) -> list[Row]:
-    """Returns the set-ups to measure in, and in each what is varied, if one thing is."""
+    """Returns the settings to measure, each with the key that is varied, if any."""
     base = {
         "image_px": values.config.data.image_px,
         "width": values.config.model.width,
@@ -274,14 +288,14 @@ def _num_classes(values: flags.FlagValues) -> int:
 
 
 def _batch_sizes(values: flags.FlagValues) -> list[int]:
-    """Returns the batch sizes that the flag, the suite or the config asks for."""
+    """Returns the batch sizes of the flag, the suite or the config."""
     if values.batch_size is None:
         exponents = range(4, 10) if jax.default_backend() == "cpu" else range(6, 14)
         return {
-            "gpu": [1024, 256, 4096],  # the most telling first, in case time runs out
+            "gpu": [1024, 256, 4096],  # the most important first, in case time runs out
             "cpu": [128],
             "scaling": [2**exponent for exponent in exponents],
-            "forms": [128 if jax.default_backend() == "cpu" else 1024],
+            "kernels": [128 if jax.default_backend() == "cpu" else 1024],
             None: [values.config.batch_size],
         }[values.suite]
     devices = jax.device_count()
@@ -302,42 +316,10 @@ def _import_baseline() -> Any:
     try:
         from hccr_jax.bench import torch_baseline
     except ImportError as error:
-        raise InputError("--peer=torch needs PyTorch: pip install 'hccr_jax[peer]'") from error
+        raise InputError(
+            "--baseline=torch needs PyTorch: pip install 'hccr_jax[baseline]'"
+        ) from error
     return torch_baseline
-
-
-def _surroundings() -> Row:
-    """Returns device, cores, commit and versions."""
-    return {
-        "device": f"{jax.device_count()} × {_device_kind()}",
-        "cores": cpu_count(),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-
-
-def _device_kind() -> str:
-    """Returns the name of the devices; JAX calls every CPU "cpu"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if jax.default_backend() == "cpu" and cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    return jax.devices()[0].device_kind
-
-
-def _commit() -> str | None:
-    """Returns the commit of the code, "-dirty" behind it where files differ; None without git."""
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
 
 
 def _say(what: str) -> None:
@@ -345,7 +327,7 @@ def _say(what: str) -> None:
 
 
 def _render(paths: Sequence[Path]) -> str:
-    """Returns the tables of some files and draws the scaling plot, where there is one to draw."""
-    rows = [row for path in paths for row in tables.read_rows(path)]
+    """Returns the tables of some files, and draws the scaling plot where they have its rows."""
+    rows = [row for path in paths for row in tables.read_results(path)]
     picture = tables.plot_scaling(rows, paths[0].parent)
     return tables.to_markdown(rows) + (f"\n\n![scaling]({picture.name})" if picture else "")

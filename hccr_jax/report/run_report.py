@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def _render(config: dict[str, Any], results: dict[str, Any], pictures: dict[str,
     )
 
 
-def _distorted(results: dict[str, Any]) -> dict[str, Sequence[str]]:
+def _distorted(results: dict[str, Any]) -> dict[str, list[str]]:
     """Returns top-1, top-5, images and the paper's two figures for each set of distorted images."""
     rows = {}
     for name, paper in PAPER_ROBUSTNESS.items():
@@ -130,7 +129,7 @@ def _distorted(results: dict[str, Any]) -> dict[str, Sequence[str]]:
     return rows
 
 
-def _rejected(results: dict[str, Any]) -> dict[str, Sequence[str]]:
+def _rejected(results: dict[str, Any]) -> dict[str, list[str]]:
     """Returns AUROC, AUROC of the probability and the rejected share for each set."""
     rows = {}
     for name in REJECTED:

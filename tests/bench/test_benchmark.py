@@ -1,4 +1,4 @@
-"""The benchmark by its command line: every row's columns, what is refused, and a fair peer."""
+"""The benchmark's command line: columns of every row, wrong requests, and a fair baseline."""
 
 import importlib.util
 import json
@@ -29,10 +29,11 @@ TINY = [
     "--config.eval.batch_size=8", "--batch_size=8", "--num_classes=4", "--num_images=64",
     "--seconds=0.01", "--repeats=2",
 ]  # fmt: skip
-PEER = ["--peer=torch", "--modes=eager,graph"] if importlib.util.find_spec("torch") else []
+BASELINE = ["--baseline=torch", "--modes=eager,graph"] if importlib.util.find_spec("torch") else []
 COLUMNS = {
     "row", "images_per_second", "min", "max", "repeats", "ms_per_step", "compile_seconds",
-    "peak_memory_mib", "roofline_images_per_second", "roofline_fraction", "peer", "ratio", "about",
+    "peak_memory_mib", "roofline_images_per_second", "roofline_fraction", "baseline", "ratio",
+    "about",
 }  # fmt: skip
 ABOUT = {
     "model", "parameters", "batch_size", "image_px", "width", "num_classes", "dtype", "device",
@@ -42,7 +43,7 @@ ABOUT = {
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Puts back what a command changes for its process."""
+    """Restores the settings that a command changes for its process."""
     names = (
         "jax_compilation_cache_dir",
         "jax_enable_compilation_cache",
@@ -74,7 +75,7 @@ def rows_of(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
 def test_rows_of_the_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     names = ["train_step_augmented", "forward", "augment"]
-    rows = rows_of(capsys, f"--rows={','.join(names)}", f"--output={output}", *PEER)
+    rows = rows_of(capsys, f"--rows={','.join(names)}", f"--output={output}", *BASELINE)
     assert [name for name in rows if "/" not in name] == names
     step = rows["train_step_augmented"]
     assert step["ms_per_step"] == pytest.approx(8e3 / step["images_per_second"], rel=1e-2)
@@ -83,8 +84,8 @@ def test_rows_of_the_network(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert step["peak_memory_mib"] > 4 * 4 * step["about"]["parameters"] / 2**20  # Adam's, gradient
     assert step["about"]["batch_size"] == 8
     assert step["about"]["dtype"] == "float32"
-    for name in names if PEER else ():
-        check_peer(rows[name], rows[f"{name}/torch_eager"], rows[f"{name}/torch_graph"])
+    for name in names if BASELINE else ():
+        check_baseline(rows[name], rows[f"{name}/torch_eager"], rows[f"{name}/torch_graph"])
     assert json.loads(output.read_text("utf-8"))["rows"] == list(rows.values())
     assert benchmark.main(["benchmark", f"--render={output}"]) == 0
     table = capsys.readouterr().out
@@ -93,13 +94,13 @@ def test_rows_of_the_network(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         assert f"| {name} | {rows[name]['images_per_second']:,.0f} (" in table
 
 
-def check_peer(ours: dict, eager: dict, graph: dict) -> None:
-    assert ours["peer"] == "eager"
+def check_baseline(ours: dict, eager: dict, graph: dict) -> None:
+    assert ours["baseline"] == "eager"
     # The median of pairs lies between their extremes.
     low, high = ours["min"] / eager["max"], ours["max"] / eager["min"]
     assert 0.99 * low <= ours["ratio"] <= 1.01 * high
     assert eager["roofline_images_per_second"] == ours["roofline_images_per_second"]
-    assert graph["error"] == "left out: CUDA graphs need a GPU"
+    assert graph["error"] == "skipped: CUDA graphs need a GPU"
     assert "torch" in ours["about"]["versions"]
 
 
@@ -108,11 +109,11 @@ def test_rows_that_read_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["evaluation", "data_reading"]
 
 
-def test_measured_forms_are_what_the_library_chooses_by(
+def test_measured_kernels_are_what_the_library_chooses_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = f"--output={tmp_path / 'forms.json'}"
-    assert benchmark.main(["benchmark", *TINY, "--suite=forms", output]) == 0
+    output = f"--output={tmp_path / 'kernels.json'}"
+    assert benchmark.main(["benchmark", *TINY, "--suite=kernels", output]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     monkeypatch.setattr(dispatch, "MEASURED", tmp_path)
     dispatch._rankings.cache_clear()
@@ -124,19 +125,19 @@ def test_measured_forms_are_what_the_library_chooses_by(
         if row["about"]["layer"] == layer
     }
     assert set(speeds) == set(dispatch.available(x))
-    assert dispatch.choose(x, stride) == max(speeds, key=lambda form: speeds[form])
+    assert dispatch.choose(x, stride) == max(speeds, key=lambda name: speeds[name])
     dispatch._rankings.cache_clear()
 
 
 @pytest.mark.slow
-def test_all_rows_and_the_peer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_rows_and_the_baseline(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     rows = rows_of(capsys, "--suite=cpu", "--modes=eager,graph")
     ours = [name for name in rows if "/" not in name]
     assert ours == list(benchmark.ROWS)
     assert rows["prepare"]["ms_per_step"] is None
     for name in ours:
-        assert (rows[name]["peer"] == "eager") == (name in benchmark.BASELINE_ROWS)
+        assert (rows[name]["baseline"] == "eager") == (name in benchmark.BASELINE_ROWS)
         assert (rows[name]["ratio"] is not None) == (name in benchmark.BASELINE_ROWS)
 
 
@@ -160,12 +161,12 @@ def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]
             [V1, "--output=nowhere/rows.json"],
             "--output=nowhere/rows.json: there is no folder nowhe",
         ),
-        ([V1, "--suite=tpu"], "--suite=tpu: value should be one of <gpu|cpu|scaling|forms>"),
+        ([V1, "--suite=tpu"], "--suite=tpu: value should be one of <gpu|cpu|scaling|kernels>"),
         ([V1, "--config.batch_size=0"], "config.batch_size=0: must be a whole number from 1"),
         (["--render=nowhere.json"], "nowhere.json: No such file or directory"),
         (
             [f"--render={ROOT / 'pyproject.toml'}"],
-            "pyproject.toml: not a file that the benchmark's",
+            "pyproject.toml: not a file that hccr benchmark --output wrote",
         ),
         (
             [*TINY, "--num_classes=4000", "--rows=prepare"],
@@ -173,7 +174,7 @@ def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]
         ),
     ],
 )
-def test_wrong_request_is_told_in_one_line(
+def test_wrong_request_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert benchmark.main(["benchmark", *flags]) == 2
@@ -187,11 +188,11 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["benchmark", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "hccr benchmark --config=configs/v2.py --suite=gpu --output=" in printed
-    for flag in ("--batch_size", "--rows", "--peer", "--suite", "--output", "--render"):
+    for flag in ("--batch_size", "--rows", "--baseline", "--suite", "--output", "--render"):
         assert f"\n  {flag}" in printed
 
 
-def test_what_is_timed_takes_turns() -> None:
+def test_runs_are_timed_in_turn() -> None:
     order: list[str] = []
     runs = {name: repeated(lambda name=name: order.append(name)) for name in "ab"}
     rates = measure(runs, 0.0, 3)
@@ -199,7 +200,7 @@ def test_what_is_timed_takes_turns() -> None:
     assert all(len(figures) == 3 and min(figures) > 0 for figures in rates.values())
 
 
-def test_a_peer_that_fails_leaves_the_others() -> None:
+def test_a_failing_baseline_leaves_the_others() -> None:
     def broken() -> Workload:
         raise RuntimeError("no compiler\nand a long trace")
 
@@ -211,13 +212,13 @@ def test_a_peer_that_fails_leaves_the_others() -> None:
     options = {"batch_size": 10, "seconds": 0.001, "repeats": 3}
     rows = bench_rows.time_in_turn(makers, **options, deadline=math.inf)
     assert [row["row"] for row in rows] == list(makers)
-    assert rows[0]["peer"] == "eager"
+    assert rows[0]["baseline"] == "eager"
     assert rows[0]["ratio"] > 1
     assert rows[2] == {"row": "step/torch_compile", "error": "no compiler"}
     with pytest.raises(RuntimeError, match="no compiler"):
         bench_rows.time_in_turn({"step": broken}, **options, deadline=math.inf)
     late = bench_rows.time_in_turn(makers, **options, deadline=0.0)
-    assert [row["error"] for row in late] == ["left out: the time is up"] * 3
+    assert [row["error"] for row in late] == ["skipped: out of time"] * 3
 
 
 def test_scaling_is_drawn(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_scaling_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
 @pytest.mark.parametrize("width", [0.1, 1.0, 1.4])
-def test_the_peers_network_has_as_many_parameters(name: str, width: float) -> None:
+def test_the_baselines_network_has_as_many_parameters(name: str, width: float) -> None:
     torch_baseline = pytest.importorskip("hccr_jax.bench.torch_baseline", exc_type=ImportError)
     theirs = torch_baseline.create_network(name, 100, width, 0.0)
     model = create_model(name, num_classes=100, width=width, rngs=nnx.Rngs(0))
@@ -252,14 +253,14 @@ def test_the_peers_network_has_as_many_parameters(name: str, width: float) -> No
     assert sum(parameter.numel() for parameter in theirs.parameters()) == ours
 
 
-def augmented_by_peer(images: np.ndarray, **changes: float) -> np.ndarray:
+def augmented_by_baseline(images: np.ndarray, **changes: float) -> np.ndarray:
     torch = pytest.importorskip("torch")
-    from hccr_jax.bench.torch_baseline import make_augment as make_peers
+    from hccr_jax.bench.torch_baseline import make_augment as make_baselines
 
     options = dict(default.get_config().augment) | changes
     torch.manual_seed(0)
     del options["once"]
-    return make_peers(**options)(torch.from_numpy(images))[:, 0].numpy()
+    return make_baselines(**options)(torch.from_numpy(images))[:, 0].numpy()
 
 
 def random_images() -> np.ndarray:
@@ -275,27 +276,27 @@ def random_images() -> np.ndarray:
         ({"resize_min": 2.0, "resize_max": 2.0}, lambda x: x),  # both axes alike: no change
     ],
 )
-def test_the_peers_augmentation_moves_pixels_as_ours(changes, expected) -> None:
+def test_the_baselines_augmentation_moves_pixels_like_ours(changes, expected) -> None:
     images = random_images()
-    result = augmented_by_peer(images, **changes)
+    result = augmented_by_baseline(images, **changes)
     np.testing.assert_allclose(result, expected(images / np.float32(255)), atol=2e-5)
 
 
-def test_the_peers_augmentation_keeps_its_ranges() -> None:
+def test_the_baselines_augmentation_keeps_its_ranges() -> None:
     dot = np.zeros((500, 33, 33), np.uint8)
     dot[:, 16, 26] = 255  # ten pixels right of the centre
-    turned = augmented_by_peer(dot, rotate_deg=30.0)
+    turned = augmented_by_baseline(dot, rotate_deg=30.0)
     place = np.arange(33) - 16.0
     x, y = (turned.sum(axis) @ place / turned.sum((1, 2)) for axis in (1, 2))
     angles = np.rad2deg(np.arctan2(y, x))
     assert 27 < angles.max() < 31
     assert -31 < angles.min() < -27
     np.testing.assert_allclose(np.hypot(x, y), 10.0, atol=0.3)
-    shifted = augmented_by_peer(dot, shift_px=3.0)
+    shifted = augmented_by_baseline(dot, shift_px=3.0)
     x = shifted.sum(1) @ place / shifted.sum((1, 2))
     assert 12.8 < x.max() < 13.05
     assert 6.95 < x.min() < 7.2
     ink = np.full((500, 40, 40), 255, np.uint8)
-    erased = (augmented_by_peer(ink, erase_prob=0.5, erase_max_side=0.5) == 0).sum((1, 2))
+    erased = (augmented_by_baseline(ink, erase_prob=0.5, erase_max_side=0.5) == 0).sum((1, 2))
     assert 200 < np.count_nonzero(erased) < 300
     assert erased.max() <= 20 * 20

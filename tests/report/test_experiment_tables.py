@@ -1,4 +1,4 @@
-"""Tables of experiments: what stands in docs/ is what the committed results give."""
+"""Tables of experiments: docs/ holds what the committed results give."""
 
 import copy
 import json
@@ -16,13 +16,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def row(name: str, group: str, top1: float, seed: int = 0, **more: object) -> experiment_tables.Row:
     scores = {"top1": top1, "validation_top1": top1 + 0.01, "training_seconds": 90.0, **more}
-    course = {
+    curve = {
         "step": [10, 20, 30, 40],
         "validation_top1": [0.1, 0.9, 0.35, top1],
         "train_accuracy": [0.2, 0.6, 0.8, 0.9],
     }
-    about = {"name": name, "group": group, "seed": seed, "description": f"the {name}"}
-    return about | {"changes": {}, "eval": scores, "course": course}
+    metadata = {"name": name, "group": group, "seed": seed, "description": f"the {name}"}
+    return metadata | {"changes": {}, "eval": scores, "curve": curve}
 
 
 ROWS = [
@@ -37,12 +37,18 @@ ROWS = [
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """Returns a page beside whose folder `measured` lies, with rows that came in any order."""
+    """Returns a page next to a folder `measured`, whose rows were written in any order."""
     for number in (4, 0, 5, 2, 3, 1):
         experiment_tables.write_row(
             tmp_path / "measured" / "x.jsonl", ROWS[number], ["base", "low", "high", "wide"]
         )
     return tmp_path / "page.md"
+
+
+def render_rows(folder: Path, rows: list[experiment_tables.Row]) -> list[str]:
+    for written in rows:
+        experiment_tables.write_row(folder / "y.jsonl", written, [r["name"] for r in rows])
+    return render(folder / "page.md", "table: y.jsonl")
 
 
 def render(page: Path, comment: str) -> list[str]:
@@ -56,11 +62,11 @@ def render(page: Path, comment: str) -> list[str]:
 
 def test_rows_are_kept_in_the_order_of_the_list(page: Path) -> None:
     path = page.parent / "measured" / "x.jsonl"
-    assert experiment_tables.read_rows(path) == ROWS
+    assert experiment_tables.read_runs(path) == ROWS
     again = copy.deepcopy(ROWS[3])
     again["eval"]["top1"] = 0.6
     experiment_tables.write_row(path, again, ["base", "low", "high", "wide"])
-    assert experiment_tables.read_rows(path) == [*ROWS[:3], again, *ROWS[4:]]
+    assert experiment_tables.read_runs(path) == [*ROWS[:3], again, *ROWS[4:]]
     assert [p.name for p in path.parent.iterdir()] == ["x.jsonl"]
 
 
@@ -87,8 +93,30 @@ def test_table_of_a_group_with_its_gains(page: Path) -> None:
     ]
 
 
-def test_swings_and_curves(page: Path) -> None:
-    lines = render(page, "swings: measured/x.jsonl; group=Size")
+def test_network_alone_is_a_column_where_runs_have_more(tmp_path: Path) -> None:
+    extended = {"network": {"top1": 0.6}, "tta_views": 5, "ensemble": {"members": ["mqdf"]}}
+    older = row("older", "", 0.8, views=4) | {"changes": {"model.mqdf_weight": 0.25}}
+    rows = [row("plain", "", 0.5), row("new", "", 0.7, **extended), older]
+    lines = render_rows(tmp_path, rows)
+    assert lines[0] == (
+        "|  | validation top-1, % | test top-1, network alone on one view, % "
+        "| test top-1 as configured, % | with | minutes |"
+    )
+    assert lines[2:] == [
+        "| the plain | 51.00 | 50.00 | 50.00 |  | 1.5 |",
+        "| the new | 71.00 | 60.00 | 70.00 | 5 views, MQDF | 1.5 |",
+        "| the older | 81.00 | – | 80.00 | 4 views, MQDF | 1.5 |",
+    ]
+
+
+def test_rows_of_version_0_1_are_read(tmp_path: Path) -> None:
+    old = {("course" if key == "curve" else key): value for key, value in ROWS[0].items()}
+    (tmp_path / "old.jsonl").write_text(json.dumps(old) + "\n", "utf-8")
+    assert experiment_tables.read_runs(tmp_path / "old.jsonl") == [ROWS[0]]
+
+
+def test_stability_and_curves(page: Path) -> None:
+    lines = render(page, "stability: measured/x.jsonl; group=Size")
     assert lines[0] == (
         "| validation top-1, % | best | last | lowest of the second half | largest drop |"
     )
@@ -141,5 +169,5 @@ def test_row_of_a_run(tmp_path: Path) -> None:
         "name": "x",
         "seed": 0,
         "eval": {"top1": 0.2},
-        "course": {"step": [10], "validation_top1": [0.25], "train_accuracy": [0.12346]},
+        "curve": {"step": [10], "validation_top1": [0.25], "train_accuracy": [0.12346]},
     }
