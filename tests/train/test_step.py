@@ -12,18 +12,15 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
 from hccr_jax.configs import default
-from hccr_jax.inference.steps import combine_tta, make_eval_step, to_float
-from hccr_jax.inference.tta import create_tta_views
+from hccr_jax.inference.steps import to_float
 from hccr_jax.models.blocks import InvertedResidual
 from hccr_jax.models.functional import split_model
 from hccr_jax.models.layers import Classifier, ConvNorm
 from hccr_jax.models.registry import create_model
 from hccr_jax.ops.cross_entropy import cross_entropy
-from hccr_jax.ops.warp import warp
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.sharding import DATA_AXIS, replicated
 from hccr_jax.train.augment import make_augment
-from hccr_jax.train.losses import distillation
 from hccr_jax.train.optim import make_optimizer
 from hccr_jax.train.setup import augment_options
 from hccr_jax.train.state import TrainState, average_statistics, create_train_state
@@ -123,36 +120,6 @@ def test_every_row_step_and_stream_has_a_key_of_its_own():
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 2 * 2 * 5
     more = jax.random.key_data(row_keys(0, AUGMENT, jnp.array(0), 9))
     np.testing.assert_array_equal(more[:5], keys[0])  # a larger batch leaves its first rows alone
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_cross_entropy_is_that_of_the_smoothed_target(smoothing):
-    rng = np.random.default_rng(0)
-    logits, labels = 5 * rng.normal(size=(6, 10)), rng.integers(0, 10, 6)
-    target = (1 - smoothing) * np.eye(10)[labels] + smoothing / 10
-    exact = -(target * log_softmax(logits, axis=1)).sum(1)
-    ours = cross_entropy(jnp.array(logits, jnp.float32), jnp.array(labels), smoothing)
-    np.testing.assert_allclose(ours, exact, rtol=1e-5)
-
-
-def test_cross_entropy_bears_huge_logits():
-    logits = jnp.array([[1e4, -1e4, 0.0]])
-    np.testing.assert_allclose(cross_entropy(logits, jnp.array([0])), [0.0])
-    np.testing.assert_allclose(cross_entropy(logits, jnp.array([1])), [2e4])
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_distillation_is_the_divergence_of_the_softened_distributions(temperature):
-    logits, teacher = 5 * np.random.default_rng(0).normal(size=(2, 6, 10))
-    student_probs, teacher_probs = (softmax(x / temperature, axis=1) for x in (logits, teacher))
-    exact = temperature**2 * entropy(teacher_probs, student_probs, axis=1)
-    logits, teacher = jnp.array(logits, jnp.float32), jnp.array(teacher, jnp.float32)
-    np.testing.assert_allclose(distillation(logits, teacher, temperature), exact, rtol=1e-5)
-    # Section 2.1 of the source: (softmax(z/T) − softmax(v/T)) / T, times T².
-    gradient = jax.grad(lambda x: distillation(x, teacher, temperature).sum())(logits)
-    exact = temperature * (student_probs - teacher_probs)
-    np.testing.assert_allclose(gradient, exact, atol=1e-5 * temperature)
-    np.testing.assert_array_equal(distillation(teacher, teacher, temperature), np.zeros(6))
 
 
 def as_they_are(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -536,73 +503,6 @@ def linear_network(num_classes: int):
         return images.reshape(len(images), -1) @ weight, {}
 
     return apply, weight
-
-
-@pytest.mark.parametrize("num_classes", [3, 50])
-def test_the_eval_step_ranks_as_numpy_does(num_classes):
-    images, labels = make_batch(8)
-    labels %= num_classes
-    network, weight = linear_network(num_classes)
-    losses, classes, probabilities = make_eval_step(network, mesh_of(4))(weight, {}, images, labels)
-    logs = log_softmax(images.reshape(8, -1) / 255.0 @ weight.astype(np.float64), axis=1)
-    best = np.argsort(-logs, axis=1)[:, :5]
-    np.testing.assert_array_equal(classes, best)
-    np.testing.assert_allclose(losses, -logs[np.arange(8), labels], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        probabilities, np.exp(np.take_along_axis(logs, best, axis=1)), rtol=1e-4, atol=1e-6
-    )
-    assert probabilities.sharding.is_fully_replicated
-
-
-@pytest.mark.parametrize("devices", [1, 4])
-def test_several_views_count_by_their_weight_and_certainty(devices):
-    images, labels = make_batch(8)
-    network, weight = linear_network(NUM_CLASSES)
-    views = create_tta_views(3, flips=True, upright_prior=0.4)
-    step = make_eval_step(network, mesh_of(devices), views=views)
-    losses, classes, probabilities = step(weight, {}, images, labels)
-    total, shares = 0.0, 0.0
-    for view, view_weight in zip(*views, strict=True):
-        maps = jnp.tile(jnp.array(view)[None], (8, 1, 1))
-        seen = np.asarray(warp(to_float(images), maps, jnp.zeros((8, 2))), np.float64)
-        logs = log_softmax(seen.reshape(8, -1) @ weight.astype(np.float64), axis=1)
-        entropy = -(np.exp(logs) * logs).sum(axis=1, keepdims=True)
-        share = view_weight * (1 - entropy / np.log(NUM_CLASSES))
-        total, shares = total + share * np.exp(logs), shares + share
-    logs = np.log(total / shares)
-    best = np.argsort(-logs, axis=1)[:, :5]
-    np.testing.assert_array_equal(classes, best)
-    np.testing.assert_allclose(losses, -logs[np.arange(8), labels], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        probabilities, np.exp(np.take_along_axis(logs, best, axis=1)), rtol=1e-4, atol=1e-6
-    )
-
-
-def test_mirrored_views_make_the_prediction_invariant_to_mirroring():
-    images, labels = make_batch(8)
-    network, weight = linear_network(NUM_CLASSES)
-    step = make_eval_step(network, mesh_of(4), views=create_tta_views(2, flips=True))
-    prediction = step(weight, {}, images, labels)
-    for mirrored in (images[:, ::-1], images[:, :, ::-1], images[:, ::-1, ::-1]):
-        assert_near(step(weight, {}, mirrored, labels), prediction)
-    turned = step(weight, {}, images.swapaxes(1, 2), labels)
-    assert np.abs(turned[0] - prediction[0]).max() > 0.1
-
-
-def test_one_view_is_the_image_alone():
-    images, labels = make_batch(8)
-    network, weight = linear_network(NUM_CLASSES)
-    alone, seen = (
-        make_eval_step(network, mesh_of(4), views=views)(weight, {}, images, labels)
-        for views in (None, create_tta_views(1, flips=False))
-    )
-    assert_near(seen, alone)
-
-
-def test_a_view_without_information_has_no_weight():
-    sure, flat = np.array([[4.0, 0.0, 1.0]], np.float32), np.zeros((1, 3), np.float32)
-    combined = combine_tta(jnp.array(np.stack([sure, flat])), jnp.array([0.5, 0.5]))
-    np.testing.assert_allclose(combined, log_softmax(sure, axis=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
