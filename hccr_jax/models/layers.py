@@ -2,7 +2,7 @@
 
 A network is called as `network(images, train=False, dropout_keys=None, axis_name=None)`. In
 training the batch-norm layers leave the batch's statistics in their `BatchStat` variables; the
-running averages are the training step's work (`train_step.average_statistics`), so their rule
+running averages are the training step's work (`train.state.average_statistics`), so their rule
 stands in one place.
 """
 
