@@ -5,7 +5,6 @@ Channels last, float32 on a CPU and bfloat16 autocast on a GPU, fused Adam, augm
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +18,16 @@ from hccr_jax.models.blocks import scaled_channels
 from hccr_jax.models.mobilenet_v1 import BLOCKS
 from hccr_jax.models.mobilenet_v2 import STAGES
 from hccr_jax.runtime.worker_pool import cpu_count
-from hccr_jax.train.augment import make_augment as make_ours
+from hccr_jax.train.augment import AugmentOptions
 
 # Each mode adds to the one before: "compile" is `torch.compile` of the whole forward pass and loss;
 # "graph" is a CUDA graph of the whole step: augmentation, forward and backward pass, update.
 MODES = ("eager", "compile", "graph")
+# Options of our augmentation that PyTorch's leaves out, with the values that turn them off.
+_ONLY_OURS = {
+    "elastic_px": 0.0, "stroke_width": 0.0, "transpose_prob": 0.0, "crop_min": 1.0,
+    "contrast": 0.0, "brightness": 0.0,
+}  # fmt: skip
 
 
 def _conv_norm(
@@ -86,42 +90,37 @@ def create_network(name: str, num_classes: int, width: float, dropout_rate: floa
     return channels_last.to(memory_format=torch.channels_last)
 
 
-def make_augment(
-    *, erase_prob: float, erase_max_side: float, noise_std: float, **options: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_augment(options: AugmentOptions) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns augment(images uint8 (B, S, S)) -> float32 (B, 1, S, S) in [0, 1].
 
-    The options and ranges of `augment.make_augment`.
-
     Raises:
-      InputError: an option that only ours has is on.
+      InputError: an option that only our augmentation has is on.
     """
-    warped = inspect.signature(_draw_maps).parameters
-    for name, value in options.items():
-        if name not in warped and value != (make_ours.__kwdefaults__ or {})[name]:
-            raise InputError(f"config.augment.{name}={value}: PyTorch's augmentation has no such")
-    ranges: dict[str, Any] = {k: v for k, v in options.items() if k in warped}
+    for name, neutral in _ONLY_OURS.items():
+        if getattr(options, name) != neutral:
+            raise InputError(
+                f"config.augment.{name}={getattr(options, name)}: PyTorch's augmentation has no "
+                f"such option; set it to {neutral}"
+            )
 
     def augment(images: torch.Tensor) -> torch.Tensor:
         batch, size, _ = images.shape
-        maps = _draw_maps(batch, size, images.device, **ranges)
+        maps = _draw_maps(options, batch, size, images.device)
         grid = nn.functional.affine_grid(maps, [batch, 1, size, size], align_corners=False)
         x = images[:, None].float() / 255.0
         x = nn.functional.grid_sample(x, grid, align_corners=False)
-        if erase_prob > 0:
-            x = _erase(x, erase_prob, erase_max_side)
-        if noise_std > 0:
-            x = (x + noise_std * torch.randn_like(x)).clamp(0.0, 1.0)
+        if options.erase_prob > 0:
+            x = _erase(x, options.erase_prob, options.erase_max_side)
+        if options.noise_std > 0:
+            x = (x + options.noise_std * torch.randn_like(x)).clamp(0.0, 1.0)
         return x
 
     return augment
 
 
 def _draw_maps(
-    batch: int, size: int, device: torch.device, *, flip_left_right_prob: float,
-    flip_up_down_prob: float, rotate_prob: float, rotate_deg: float, resize_prob: float,
-    resize_min: float, resize_max: float, zoom: float, shear: float, shift_px: float,
-) -> torch.Tensor:  # fmt: skip
+    options: AugmentOptions, batch: int, size: int, device: torch.device
+) -> torch.Tensor:
     """Returns random affine maps (B, 2, 3) from the result to the image, for `affine_grid`.
 
     A stretched image is brought back to size by the larger of its two factors, where ours measures
@@ -137,19 +136,23 @@ def _draw_maps(
 
     # From the result to the image: the inverses, in reverse order.
     zero, one = torch.zeros(batch, device=device), torch.ones(batch, device=device)
-    flip_x = 1.0 - 2.0 * happens(flip_left_right_prob)
-    flip_y = 1.0 - 2.0 * happens(flip_up_down_prob)
-    angle = draw(-math.radians(rotate_deg), math.radians(rotate_deg)) * happens(rotate_prob)
+    flip_x = 1.0 - 2.0 * happens(options.flip_left_right_prob)
+    flip_y = 1.0 - 2.0 * happens(options.flip_up_down_prob)
+    most = math.radians(options.rotate_deg)
+    angle = draw(-most, most) * happens(options.rotate_prob)
     cosine, sine = angle.cos(), angle.sin()
-    stretch = torch.where(happens(resize_prob, 1), draw(resize_min, resize_max, 2), 1.0)
-    stretch = stretch / stretch.amax(1, keepdim=True) * draw(1.0 - zoom, 1.0 + zoom, 1)
+    is_stretched = happens(options.resize_prob, 1)
+    factors = draw(options.resize_min, options.resize_max, 2)
+    stretch = torch.where(is_stretched, factors, 1.0)
+    zoom = draw(1.0 - options.zoom, 1.0 + options.zoom, 1)
+    stretch = stretch / stretch.amax(1, keepdim=True) * zoom
     back = (
         matrix(flip_x, zero, zero, flip_y)
         @ matrix(cosine, -sine, sine, cosine)
         @ matrix(1.0 / stretch[:, 0], zero, zero, 1.0 / stretch[:, 1])
-        @ matrix(one, -draw(-shear, shear), zero, one)
+        @ matrix(one, -draw(-options.shear, options.shear), zero, one)
     )
-    shift = back @ draw(-shift_px, shift_px, 2, 1) * (-2.0 / size)
+    shift = back @ draw(-options.shift_px, options.shift_px, 2, 1) * (-2.0 / size)
     return torch.cat([back, shift], 2)
 
 
@@ -179,7 +182,7 @@ class Baseline:
 
     def __init__(
         self, name: str, num_classes: int, width: float, dropout_rate: float, batch_size: int,
-        image_px: int, num_images: int, augment: dict[str, float],
+        image_px: int, num_images: int, augment: AugmentOptions,
     ) -> None:  # fmt: skip
         """Creates the network and random images on the device.
 
@@ -188,7 +191,7 @@ class Baseline:
           batch_size: B, images a step.
           image_px: S, side of the images.
           num_images: in the device's memory, for the rows that take their batches from them.
-          augment: arguments of `make_augment`.
+          augment: of `make_augment`.
         """
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cuda":
@@ -202,7 +205,7 @@ class Baseline:
         shape = (num_images, image_px, image_px)
         self._images = torch.randint(256, shape, dtype=torch.uint8, device=self._device)
         self._labels = torch.randint(num_classes, (num_images,), device=self._device)
-        self._augment = make_augment(**augment)
+        self._augment = make_augment(augment)
 
     def make_run(self, row: str, mode: str) -> Callable[[int], None]:
         """Returns run(n), which does n steps of a row and waits for the last.

@@ -31,7 +31,6 @@ Programs are compiled in every run, and the seconds are reported, unless JAX_COM
 names a folder to keep them in.
 """
 
-import dataclasses
 import functools
 import gc
 import json
@@ -249,7 +248,7 @@ def _create_baseline(torch_baseline: Any, config: ConfigDict, workloads: Workloa
         workloads.batch_size,
         config.data.image_px,
         2 * workloads.batch_size,
-        dataclasses.asdict(augment_options(config)),
+        augment_options(config),
     )
     if baseline.parameters != workloads.parameters:
         raise ValueError(f"{workloads.parameters} parameters, in PyTorch {baseline.parameters}")

@@ -21,6 +21,7 @@ from hccr_jax.configs import default
 from hccr_jax.models.functional import count_parameters, split_model
 from hccr_jax.models.registry import create_model
 from hccr_jax.ops import dispatch
+from hccr_jax.train.augment import AugmentOptions
 
 ROOT = Path(__file__).parents[2]
 V1 = f"--config={ROOT / 'configs' / 'v1.py'}"
@@ -258,9 +259,10 @@ def augmented_by_baseline(images: np.ndarray, **changes: float) -> np.ndarray:
     from hccr_jax.bench.torch_baseline import make_augment as make_baselines
 
     options = dict(default.get_config().augment) | changes
-    torch.manual_seed(0)
     del options["once"]
-    return make_baselines(**options)(torch.from_numpy(images))[:, 0].numpy()
+    torch.manual_seed(0)
+    augment = make_baselines(AugmentOptions(**options))
+    return augment(torch.from_numpy(images))[:, 0].numpy()
 
 
 def random_images() -> np.ndarray:
