@@ -1,4 +1,4 @@
-"""What the benchmark times: each part of training, on random images or a data set made up here."""
+"""The workloads of the benchmark: each part of training, on random images or synthetic data."""
 
 import contextlib
 import dataclasses
@@ -93,14 +93,14 @@ class Workloads:
         )
 
     def train_loop(self) -> Workload:
-        """The whole of `train.train`: data, augmentation, steps and logging, as it logs itself.
+        """The whole of `loop.train`: data, augmentation, steps and logging, by its own log.
 
-        Before each interval the step alone, augmentation included, is timed for comparison.
+        Before each interval the augmented step alone is timed for comparison.
         """
         config, seconds = self.config.copy_and_resolve_references(), self._seconds
         rates = self._training_rates
         max_steps = steps_per_execution(config)
-        # At the speed of the roofline so many steps take as long as a repeat should.
+        # At the roofline's speed this many steps last one repeat.
         calls = max(1, math.ceil(seconds * rates["fused"] / self.batch_size / max_steps))
         every = calls * max_steps
         alone = self.train_step_augmented()
@@ -114,32 +114,32 @@ class Workloads:
         with tempfile.TemporaryDirectory(dir=self.data.folder) as name:
             workdir, timeline = Path(name), Timeline()
             with Checkpoints(workdir / "checkpoints") as checkpoints:
-                job = _quiet(create_training_setup)(config, timeline)
+                setup = _quiet(create_training_setup)(config, timeline)
                 fields = {
-                    f.name: getattr(job.batches, f.name) for f in dataclasses.fields(BatchSource)
+                    f.name: getattr(setup.batches, f.name) for f in dataclasses.fields(BatchSource)
                 }
                 batches = _BatchesAndSteps(
-                    **fields, source=job.batches, run=alone.run, calls_each=calls
+                    **fields, source=setup.batches, run=alone.run, calls_each=calls
                 )
-                job = dataclasses.replace(job, batches=batches)
-                _quiet(train)(job, workdir, checkpoints, timeline)
+                setup = dataclasses.replace(setup, batches=batches)
+                _quiet(train)(setup, workdir, checkpoints, timeline)
             logged = run_log.read_metrics(workdir / "metrics.jsonl").values()
         images = every * self.batch_size
-        pairs = [  # an interval's seconds, those of the steps alone among them
-            (images / row["images_per_second"], beside)
-            for row, beside in zip(logged, batches.seconds, strict=True)
-        ][1:]  # the first interval holds the first call
+        pairs = [  # seconds of an interval, and of the steps alone in it
+            (images / row["images_per_second"], in_steps)
+            for row, in_steps in zip(logged, batches.seconds, strict=True)
+        ][1:]  # the first interval has the first call
         return Workload(
             None,
             0,
             roofline=rates["fused"],
             levels=rates,
-            rates=[images / (whole - beside) for whole, beside in pairs],
-            of_step=[beside / (whole - beside) for whole, beside in pairs],
+            rates=[images / (whole - in_steps) for whole, in_steps in pairs],
+            of_step=[in_steps / (whole - in_steps) for whole, in_steps in pairs],
         )
 
     def evaluation(self) -> Workload:
-        """A whole exact pass over some batches of a split that lies on disk."""
+        """An exact pass over some batches of a split on disk."""
         compiled, seconds = self._eval_step
         network, split = self._network, self._split
         count = min(len(split.labels), EVALUATED_BATCHES * self.batch_size)
@@ -192,9 +192,9 @@ class Workloads:
         )
 
     def prepare(self) -> Workload:
-        """The command that makes a data set from archives, start to finish."""
+        """The command that makes a data set from archives, from start to end."""
         data = self.data
-        assert data.archives.is_dir()  # written now, outside the clock
+        assert data.archives.is_dir()  # written now, not timed
         return Workload(repeated(data.prepare), data.num_images, in_steps=False)
 
     def _train_step(self, augments: bool) -> Workload:
@@ -303,7 +303,7 @@ ROWS = (
 
 
 def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function without its progress bars and reports."""
+    """Returns a function with its output suppressed."""
 
     def quietly(*arguments: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -334,7 +334,7 @@ def _memory_mib(compiled: Any) -> float:
 
 
 def _device_memory_mib() -> float:
-    """Returns what a device lets JAX have; of a CPU's memory, what is free now."""
+    """Returns the memory of a device that JAX may use; of a CPU's, what is free now."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     meminfo = Path("/proc/meminfo")
     if "bytes_limit" in statistics:

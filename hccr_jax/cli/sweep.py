@@ -66,7 +66,7 @@ def _define_flags() -> flags.FlagValues:
         ("config", None, "File of experiments, such as configs/experiments/paper.py."),
         ("data_dir", None, "Folder of the data sets; the config's where not given."),
         ("workdir", None, "Folder of the runs; default runs/ and the file's name."),
-        ("output", None, "JSON lines, one a run; default experiment_tables.jsonl in the workdir."),
+        ("output", None, "JSON lines, one a run; default results.jsonl in the workdir."),
         ("render", None, "Page whose tables to write; alone, nothing is run."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=own)

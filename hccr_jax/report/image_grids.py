@@ -1,7 +1,6 @@
-"""Sheets of characters: augmented examples, worst mistakes, distorted images, suspects.
+"""Grids of character images: augmented, mistaken, distorted, and with likely label errors.
 
-Characters are drawn from their stroke medians, never set in a font: a server seldom has a Chinese
-one.
+Printed characters are drawn from their stroke medians, because servers seldom have a Chinese font.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ def write_augmented_sheet(
     *,
     columns: int = 4,
 ) -> Path:
-    """Draws images beside what augmentation made of them, each pair named by its character.
+    """Draws images before and after augmentation, each pair labelled with its character.
 
     Args:
       workdir: the run's folder; the sheet becomes `plots/augmented.png` there.
@@ -48,19 +47,21 @@ def write_augmented_sheet(
     return save(figure, workdir, "augmented")
 
 
-def surest_mistakes(labels: np.ndarray, answers: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Returns the places of the wrong answers, the one of the highest confidence first.
+def surest_mistakes(
+    labels: np.ndarray, predictions: np.ndarray, confidence: np.ndarray
+) -> np.ndarray:
+    """Returns the indices of the mistakes, the one of the highest confidence first.
 
     Args:
       labels: int (N,), the true classes.
-      answers: int (N,), the classes answered.
-      confidence: float (N,), the probability given to each answer.
+      predictions: int (N,), the predicted classes.
+      confidence: float (N,), the probability of each prediction.
 
-    >>> labels, answers = np.array([0, 1, 2, 3]), np.array([0, 5, 6, 7])
-    >>> surest_mistakes(labels, answers, np.array([0.9, 0.4, 0.8, 0.6])).tolist()
+    >>> labels, predictions = np.array([0, 1, 2, 3]), np.array([0, 5, 6, 7])
+    >>> surest_mistakes(labels, predictions, np.array([0.9, 0.4, 0.8, 0.6])).tolist()
     [2, 3, 1]
     """
-    wrong = np.flatnonzero(answers != labels)
+    wrong = np.flatnonzero(predictions != labels)
     return wrong[np.argsort(-confidence[wrong], kind="stable")]
 
 
@@ -74,7 +75,7 @@ def write_mistakes(
     *,
     count: int = 24,
 ) -> Path | None:
-    """Draws the mistakes the model was surest of, each with its five candidates.
+    """Draws the mistakes of the highest confidence, each with its five candidates.
 
     Args:
       workdir: the run's folder; the sheet becomes `plots/mistakes.png` there.
@@ -101,8 +102,8 @@ def write_mistakes(
     figure, axes = _sheet(columns * width, rows * height, title)
     for index, item in enumerate(worst):
         x, y = index % columns * width, index // columns * height
-        answers = zip(top5_classes[item], confidence[item], strict=True)
-        _draw_mistake(axes, images[item], int(labels[item]), answers, classes, x, y)
+        candidates = zip(top5_classes[item], confidence[item], strict=True)
+        _draw_mistake(axes, images[item], int(labels[item]), candidates, classes, x, y)
     return save(figure, workdir, "mistakes")
 
 
@@ -113,7 +114,7 @@ def write_distorted_sheet(
     *,
     columns: int = 4,
 ) -> Path:
-    """Draws images beside what distortions made of them, set by set.
+    """Draws images before and after distortion, set by set.
 
     Args:
       workdir: the run's folder; the sheet becomes `plots/robustness_sets.png` there.
@@ -133,7 +134,7 @@ def write_distorted_sheet(
 
 
 class Failures(NamedTuple):
-    """Some wrong answers of a set of images, out of `total`: arrays as in `write_mistakes`."""
+    """Some mistakes of a set of images, out of `total`: arrays as in `write_mistakes`."""
 
     total: int
     images: np.ndarray
@@ -149,7 +150,7 @@ def write_failures(
     *,
     columns: int = 3,
 ) -> Path:
-    """Draws wrong answers with their candidates, set by set.
+    """Draws mistakes with their candidates, set by set.
 
     Args:
       workdir: the run's folder; the sheet becomes `plots/robustness_failures.png` there.
@@ -160,8 +161,8 @@ def write_failures(
 
     def cell(axes: Axes, item: Any, x: float, y: float) -> None:
         image, label, candidates, probabilities = item
-        answers = zip(candidates, probabilities, strict=True)
-        _draw_mistake(axes, image, int(label), answers, classes, x, y)
+        pairs = zip(candidates, probabilities, strict=True)
+        _draw_mistake(axes, image, int(label), pairs, classes, x, y)
 
     groups = {
         f"{name}: {len(failures.labels)} of {failures.total:,}": list(
@@ -178,20 +179,20 @@ def write_label_errors(
     workdir: str | Path,
     images: np.ndarray,
     labels: np.ndarray,
-    answers: np.ndarray,
+    predictions: np.ndarray,
     confidence: np.ndarray,
     classes: Sequence[str],
     *,
     title: str,
     columns: int = 8,
 ) -> Path:
-    """Draws characters whose label is in doubt, each above its label and the answer given.
+    """Draws characters whose label may be wrong, each above its label and the prediction.
 
     Args:
       workdir: the run's folder; the sheet becomes `plots/suspects.png` there.
       images: uint8 (N, S, S), ink high.
-      labels, answers: int (N,), classes.
-      confidence: float (N,), the probability given to each answer.
+      labels, predictions: int (N,), classes.
+      confidence: float (N,), the probability of each prediction.
       classes: the characters, in class order.
       title: of the sheet.
       columns: characters in a row.
@@ -204,23 +205,23 @@ def write_label_errors(
         _draw_image(axes, image, x, y, side)
         _draw_character(axes, classes[int(labels[index])], x, y + 116, 28, INK)
         axes.text(x + 38, y + 130, "→", fontsize=11, color=QUIET, ha="center", va="center")
-        _draw_character(axes, classes[int(answers[index])], x + 48, y + 116, 28, RED)
+        _draw_character(axes, classes[int(predictions[index])], x + 48, y + 116, 28, RED)
         text = f"{float(confidence[index]):.0%}".replace("%", " %")
         axes.text(x + 80, y + 130, text, fontsize=8.5, color=INK, va="center")
     return save(figure, workdir, "suspects")
 
 
 class Row(NamedTuple):
-    """A row of examples: one or two characters, a line about them, images with the answers."""
+    """A row of examples: one or two characters, a line of text, images and their predictions."""
 
     characters: Sequence[str]
     text: str
     images: Sequence[np.ndarray]
-    answers: Sequence[str]
+    predictions: Sequence[str]
 
 
 def draw_rows(title: str, rows: Sequence[Row], columns: int = 8) -> Figure:
-    """Returns a sheet of examples, each image above the answer to it.
+    """Returns a sheet of examples, each image above its prediction.
 
     Args:
       title: of the sheet.
@@ -234,11 +235,11 @@ def draw_rows(title: str, rows: Sequence[Row], columns: int = 8) -> Figure:
         for place, character in enumerate(row.characters):
             _draw_character(axes, character, place * 56, y, 48, INK)
         axes.text(0, y + 66, row.text, fontsize=8.5, color=INK, va="top")
-        examples = zip(row.images[:columns], row.answers, strict=False)
-        for place, (image, answer) in enumerate(examples):
+        examples = zip(row.images[:columns], row.predictions, strict=False)
+        for place, (image, prediction) in enumerate(examples):
             x = left + place * (side + 8)
             _draw_image(axes, image, x, y, side)
-            _draw_character(axes, answer, x + side / 2 - 11, y + side + 3, 22, RED)
+            _draw_character(axes, prediction, x + side / 2 - 11, y + side + 3, 22, RED)
     return figure
 
 
@@ -288,15 +289,15 @@ def _draw_mistake(
     axes: Axes,
     image: np.ndarray,
     label: int,
-    answers: Iterable[tuple[Any, Any]],
+    candidates: Iterable[tuple[Any, Any]],
     classes: Sequence[str],
     x: float,
     y: float,
 ) -> None:
-    """Draws an image, its true character and the answers (class, probability), best first."""
+    """Draws an image, its true character and candidates (class, probability), best first."""
     _draw_image(axes, image, x, y, 96)
     _draw_character(axes, classes[label], x + 32, y + 102, 32, GREEN)
-    for rank, (guess, probability) in enumerate(answers):
+    for rank, (guess, probability) in enumerate(candidates):
         colour = GREEN if guess == label else RED if rank == 0 else QUIET
         place = x + 108, y + 27 * rank
         _draw_candidate(axes, classes[int(guess)], float(probability), *place, colour)

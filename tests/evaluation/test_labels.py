@@ -147,4 +147,4 @@ def test_the_command_lists_suspects(tiny_job: list[str], tmp_path: Path):
     assert 0 <= shuffled["found"] <= 1
     with Image.open(tmp_path / "plots" / "suspects.png") as sheet:
         assert sheet.width > 8 * 112
-    assert "Suspicious training characters" in (tmp_path / "report.html").read_text("utf-8")
+    assert "Likely label errors" in (tmp_path / "report.html").read_text("utf-8")

@@ -124,7 +124,7 @@ def test_sheets_name_characters_that_no_font_has(tmp_path):
     assert_picture(image_grids.write_augmented_sheet(tmp_path, bars(8), warped, labels, classes))
 
     guesses = (labels[:, None] + np.arange(5)) % 8
-    guesses[1::2] = guesses[1::2, ::-1]  # every second answer is wrong
+    guesses[1::2] = guesses[1::2, ::-1]  # every second prediction is wrong
     sure = np.tile([0.6, 0.2, 0.1, 0.05, 0.05], (8, 1))
     image_grids.write_mistakes(tmp_path, bars(8), labels, guesses, sure, classes)
     assert_picture(tmp_path / "plots" / "mistakes.png")
