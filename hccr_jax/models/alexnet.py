@@ -10,7 +10,7 @@ from hccr_jax.errors import InputError
 from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Conv, Dense, MaxPool, he_uniform
 
-# (output channels, side of the filter, max pooling behind it) of the five convolutions.
+# (output channels, kernel size, followed by max pooling) of the five convolutions.
 CONVOLUTIONS = (
     (64, 11, True), (192, 5, True), (384, 3, False), (256, 3, False), (256, 3, True)
 )  # fmt: skip
@@ -20,17 +20,17 @@ DENSE_CHANNELS = 4096
 class AlexNet(nnx.Module):
     """AlexNet: five convolutions, overlapping max pooling, three dense layers, dropout, ReLU.
 
-    It is the later form in one column, without the groups that split the first over two GPUs, and
-    without local response normalisation. At 64 px the first stride is 2 instead of 4: the maps are
-    32×32, 15×15 and 7×7 pixels in size, and 3×3 before the dense layers.
+    The later version in one column, without the groups that split the first over two GPUs, and
+    without local response normalisation. At 64 px the first stride is 2 instead of 4: the feature
+    maps have 32×32, 15×15 and 7×7 pixels, and 3×3 before the dense layers.
 
     Args:
       num_classes: K.
-      channels: of the images.
-      image_px: side of the images; the first dense layer sees the whole of the last map.
+      channels: image channels, C.
+      image_px: side of the images, S; the first dense layer takes the whole last feature map.
       stem_stride: of the first convolution.
-      dropout_rate: of the outputs of the two hidden dense layers.
-      dtype: of the arithmetic; parameters and logits are float32.
+      dropout_rate: of the inputs of the last two dense layers.
+      dtype: compute dtype; parameters and logits are float32.
 
     Raises:
       InputError: the images are too small for three poolings.
@@ -57,7 +57,7 @@ class AlexNet(nnx.Module):
         if side < 1:
             raise InputError(
                 f"config.data.image_px={image_px}: too small for the three poolings of AlexNet "
-                f"behind a first stride of {stem_stride}"
+                f"after a first stride of {stem_stride}"
             )
         size = side * side * channels
         self.hidden1 = Dense(size, DENSE_CHANNELS, **common)

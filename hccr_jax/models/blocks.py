@@ -14,7 +14,7 @@ def conv_depthwise(
     before: ConvNorm, depthwise: DepthwiseConv, norm: BatchNorm, x: jax.Array, train: bool,
     axis_name: str | None,
 ) -> jax.Array:  # fmt: skip
-    """Returns norm(depthwise(before(x))), all after the first convolution as one operation."""
+    """Returns norm(depthwise(before(x))), fused from the norm of `before` on."""
     hidden = before.conv(x)
     weight, stride = depthwise.weight[...].astype(depthwise.dtype), depthwise.stride
     affine, affine_after, epsilon = before.norm.affine(), norm.affine(), norm.epsilon
@@ -55,10 +55,10 @@ class DepthwiseSeparable(nnx.Module):
     def __call__(
         self, x: jax.Array, before: ConvNorm, train: bool, axis_name: str | None
     ) -> jax.Array:
-        """Maps the input of `before`, the layer ahead of the block, to that of `pointwise`.
+        """Maps the input of `before`, the preceding layer, to that of `pointwise`.
 
-        So the block's second half is left to the next one: a convolution runs best together with
-        the depthwise one after it (`conv_depthwise`).
+        `pointwise` itself is computed in the next block: a convolution is fused with the depthwise
+        one after it (`conv_depthwise`).
         """
         return conv_depthwise(before, self.depthwise, self.norm, x, train, axis_name)
 
@@ -66,7 +66,7 @@ class DepthwiseSeparable(nnx.Module):
 class InvertedResidual(nnx.Module):
     """MobileNet V2's block: expand 1×1, depthwise 3×3, linear project 1×1, and a shortcut.
 
-    The shortcut is there where input and output have the same shape; an expansion of 1 has no
+    The shortcut exists where input and output have the same shape; an expansion of 1 has no
     expanding layer.
 
     Source: section 4.2 and Table 2 of the paper; https://arxiv.org/abs/1801.04381.
@@ -89,8 +89,8 @@ class InvertedResidual(nnx.Module):
     ) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌈H/stride⌉, ⌈W/stride⌉, C').
 
-        A block without an expanding layer may be given `stem`, the layer ahead of it, and that
-        layer's input: the two run faster together (`conv_depthwise`).
+        A block without an expanding layer accepts `stem`, the preceding layer, and that layer's
+        input: the two are faster fused (`conv_depthwise`).
         """
         if stem is not None and self.shortcut:
             x, stem = stem(x, train, axis_name), None  # the shortcut needs the stem's output
@@ -104,9 +104,7 @@ class InvertedResidual(nnx.Module):
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """Returns channels · width rounded to a multiple of 8.
-
-    The result is at least 8 and at least 90 % of the product.
+    """Returns channels · width rounded to a multiple of 8, at least 8 and 90 % of the product.
 
     Source: the reference implementation of https://arxiv.org/abs/1801.04381.
 

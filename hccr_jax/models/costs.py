@@ -13,7 +13,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one layer does to one image: output (H, W, C), weights, and multiply-adds."""
+    """One layer's output shape (H, W, C), parameters and multiply-adds for one image."""
 
     layer: nnx.Module
     kind: str
@@ -29,7 +29,7 @@ _recorder: contextvars.ContextVar[list[Cost] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Cost]]:
-    """Collects the cost of every layer called inside the `with` block, in order of the calls."""
+    """Collects the cost of every layer called in the `with` block, in the order of the calls."""
     costs: list[Cost] = []
     token = _recorder.set(costs)
     try:
@@ -39,7 +39,7 @@ def recording() -> Iterator[list[Cost]]:
 
 
 def count_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[Cost]:
-    """Returns the cost of every layer of a network for one image, computing nothing.
+    """Returns the cost of every layer of a network for one image, by abstract evaluation.
 
     Args:
       model: a network, called as above.
@@ -51,7 +51,7 @@ def count_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[Cos
 
 
 def record_cost(layer: nnx.Module, kind: str, y: jax.Array, multiply_adds: int) -> None:
-    """Tells a `recording` what a layer cost; y is its output (B, ...)."""
+    """Adds a layer's cost to the active `recording`; y is its output (B, ...)."""
     costs = _recorder.get()
     if costs is not None:
         parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(layer, nnx.Param)))
@@ -67,8 +67,8 @@ def named_costs(model: nnx.Module, image_px: int, channels: int = 1) -> list[tup
 def summarize(model: nnx.Module, image_px: int, channels: int = 1) -> tuple[str, int]:
     """Returns a table of the network's layers and its multiply-adds for one image.
 
-    Convolutions and dense layers count, as in the paper's section 3.2; additions of bias, batch
-    norm (folded away in use), pooling and activations do not.
+    Multiply-adds of convolutions and dense layers, as in section 3.2 of the paper; without biases,
+    batch norm (folded in inference), pooling and activations.
     """
     costs = named_costs(model, image_px, channels)
     total = sum(cost.multiply_adds for _, cost in costs)

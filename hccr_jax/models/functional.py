@@ -14,9 +14,9 @@ Apply = Callable[..., tuple[jax.Array, Any]]
 
 
 def split_model(model: nnx.Module) -> tuple[Apply, dict, dict]:
-    """Returns a network as a pure function with its parameters and batch statistics as plain dicts.
+    """Returns a network as a pure function, its parameters and its batch statistics.
 
-    Plain dicts, because a step over Flax's own state containers costs the host twice the time.
+    The latter are plain dicts: a step over Flax's state containers costs the host twice the time.
     """
     definition, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     initial_params, initial_stats = map(nnx.to_pure_dict, states)
@@ -71,9 +71,10 @@ def without_mqdf(batch_stats: dict) -> dict:
 
 
 def expose_features(params: dict) -> dict:
-    """Returns parameters with which a network gives the input of its last layer after the logits.
+    """Returns parameters with which a network outputs its logits followed by its features.
 
-    The last layer, `classifier`, becomes (F, K + F): its own weights beside a unit matrix.
+    The features (B, F) are the input of the last layer, `classifier`, whose weights become
+    (F, K + F): an identity matrix is appended to them.
     """
     weight, bias = (params["classifier"][name] for name in ("weight", "bias"))
     unit = jnp.eye(len(weight), dtype=weight.dtype)

@@ -1,4 +1,4 @@
-"""Gradient-direction features: what classical recognisers see of a character.
+"""Gradient-direction features, the input of classical recognisers.
 
 Source: Liu, Nakashima, Sako and Fujisawa, "Handwritten digit recognition: investigation of
 normalization and feature extraction techniques", Pattern Recognition 37 (2004), section 4; Liu,
@@ -17,22 +17,22 @@ DIRECTIONS = 8
 GRID = 8
 NUM_FEATURES = DIRECTIONS * GRID * GRID
 TINY = 1e-12
-FAINT = 5 / 255  # ink up to here is taken for paper
+FAINT = 5 / 255  # ink up to this value counts as paper
 
 
 def gradient_features(images: jax.Array) -> jax.Array:
-    """Returns the features of images: how much of the ink's outline runs which way, and where.
+    """Returns the gradient-direction features of images.
 
-    The strength of the gradient in each direction, blurred and sampled on a grid; as shares of the
-    whole, so that pale ink and a narrow pen look like others; and the square root of these (a
-    Box-Cox transform), which makes their distribution more nearly normal.
+    The strength of the gradient in each direction, blurred and sampled on a grid; divided by their
+    sum, against differences of ink and pen width; and the square root of these (a Box-Cox
+    transform), which makes their distribution more nearly normal.
 
     Args:
       images: float32 (B, S, S), ink 1 and paper 0.
 
     Returns:
-      float32 (B, 512): direction, row and column of the grid, the last one running fastest. An
-      image without ink gives zeros.
+      float32 (B, 512): direction, row and column of the grid in row-major order; zeros for an image
+      without ink.
     """
     weights = jnp.asarray(sampling_weights(images.shape[1]))
     planes = gradient_directions(images)
@@ -42,17 +42,17 @@ def gradient_features(images: jax.Array) -> jax.Array:
 
 
 def equalize_density(images: jax.Array) -> jax.Array:
-    """Returns images in which crowded strokes have more room, and what is empty has less.
+    """Returns images with equalised line density: crowded strokes get more room, gaps less.
 
-    Along each axis half of the box is shared out evenly over its pixels, the other half by how much
-    ink begins and ends at their borders, over all lines along the axis (a moving average of it).
-    Each axis is then resampled by a triangle kernel, as wide as the map is steep.
+    Along each axis half of the ink's box is distributed evenly over its pixels, the other half in
+    proportion to a moving average of the ink edges across the axis. Each axis is then resampled by
+    a triangle kernel as wide as the map is steep.
 
     Args:
       images: float32 (B, S, S), ink 1 and paper 0.
 
     Returns:
-      float32 (B, S, S); the box is where it was.
+      float32 (B, S, S); the box is unchanged.
 
     Source: Liu and Marukawa, "Pseudo two-dimensional shape normalization methods for handwritten
     Chinese character recognition", Pattern Recognition 38 (2005), line density projection; here
@@ -72,10 +72,10 @@ def _resampling(images: jax.Array) -> jax.Array:
     sides = jnp.abs(jnp.diff(padded, axis=1)).sum(2)
     density = _moving_sum((sides[:, 1:] + sides[:, :-1]) * box) / _moving_sum(box + TINY) * box
     pixels = box.sum(1, keepdims=True)
-    shares = density / jnp.maximum(density.sum(1, keepdims=True), TINY)
-    room = jnp.where(box > 0, 0.5 + 0.5 * pixels * shares, 1.0)
+    fractions = density / jnp.maximum(density.sum(1, keepdims=True), TINY)
+    room = jnp.where(box > 0, 0.5 + 0.5 * pixels * fractions, 1.0)
     ends = jnp.cumsum(room, 1)
-    # Where each output pixel begins and ends in the source: so many pixels lie before it.
+    # The borders of each output pixel in the source: the number of source pixels before them.
     place = jnp.arange(size + 1, dtype=jnp.float32)[None, :, None]
     borders = jnp.clip((place - (ends - room)[:, None]) / room[:, None], 0.0, 1.0).sum(2)
     centre = (borders[:, 1:, None] + borders[:, :-1, None]) / 2
@@ -86,7 +86,7 @@ def _resampling(images: jax.Array) -> jax.Array:
 
 
 def _moving_sum(lines: jax.Array) -> jax.Array:
-    """Returns the sums (B, S) of the pixels at most S/16 away."""
+    """Returns moving sums (B, S) over the pixels at most S/16 away."""
     reach = lines.shape[1] // 16
     return lax.reduce_window(lines, 0.0, lax.add, (1, 2 * reach + 1), (1, 1), "SAME")
 
@@ -94,8 +94,8 @@ def _moving_sum(lines: jax.Array) -> jax.Array:
 def gradient_directions(images: jax.Array) -> jax.Array:
     """Returns the Sobel gradient of images (B, S, S) along 8 directions, float32 (B, 8, S, S) ≥ 0.
 
-    Direction k is at k · 45° (x to the right, y downwards). Each gradient is the sum of its parts
-    along the two directions next to it (the parallelogram rule). Around the image is paper.
+    Direction k is at k · 45° (x to the right, y downwards). Each gradient is decomposed along its
+    two nearest directions (the parallelogram rule). The image is padded with paper.
     """
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1)))
     rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
@@ -120,10 +120,10 @@ def gradient_directions(images: jax.Array) -> jax.Array:
 
 
 def sampling_weights(size: int) -> np.ndarray:
-    """Returns the float32 (8, size) matrix that blurs one axis and samples it at the grid's places.
+    """Returns the float32 (8, size) matrix that blurs one axis and samples it at the grid.
 
-    The Gaussian's standard deviation is √2/π of the distance between samples, which so lose little
-    of what the blur leaves (section 4.3 of Liu et al., 2004).
+    The Gaussian's standard deviation is √2/π of the sampling distance, by the sampling theorem
+    (section 4.3 of Liu et al., 2004).
     """
     distance = size / GRID
     deviation = math.sqrt(2.0) / math.pi * distance

@@ -1,9 +1,8 @@
 """Layers of the networks, as Flax NNX modules.
 
 A network is called as `network(images, train=False, dropout_keys=None, axis_name=None)`. In
-training the batch-norm layers leave the batch's statistics in their `BatchStat` variables; the
-running averages are the training step's work (`train.state.average_statistics`), so their rule
-stands in one place.
+training the batch-norm layers store the statistics of the batch in their `BatchStat` variables; the
+training step computes the running averages.
 """
 
 import functools
@@ -30,7 +29,7 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out:
     Args:
       key: a concrete key, not one being traced.
       shape: of the weights.
-      fan_in, fan_out: inputs to an output and outputs from an input.
+      fan_in, fan_out: inputs per output and outputs per input.
 
     Source: Glorot and Bengio, AISTATS 2010; the initialisation of the paper's code.
     """
@@ -40,7 +39,7 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out:
 def he_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
     """Returns initial weights, float32, uniform in ±√(6 / fan_in); arguments as above.
 
-    For a ReLU without batch norm: the signal keeps its size from layer to layer.
+    For ReLU without batch norm: it preserves the variance from layer to layer.
 
     Source: He et al., https://arxiv.org/abs/1502.01852, section 2.2.
     """
@@ -48,10 +47,10 @@ def he_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], limit: float) -> jax.Array:
-    """Draws on the host: compiling something for each of some fifty shapes takes seconds."""
+    """Draws on the host: compiling a program for each of some fifty shapes takes seconds."""
     words = np.asarray(jax.random.key_data(key), np.uint64)
     bits = np.random.Philox(key=words).random_raw(math.prod(shape))
-    # The raw bits, because NumPy promises no stable stream of anything made from them.
+    # Raw bits, because NumPy guarantees no stable stream of any distribution.
     values = ((bits >> np.uint64(11)) * 2.0**-53 * 2.0 - 1.0) * limit
     return jax.device_put(values.reshape(shape).astype(np.float32))
 
@@ -66,12 +65,11 @@ class Conv(nnx.Module):
     Args:
       channels_in, channels_out: C of the input and of the output.
       kernel: side of the filter.
-      stride: distance between the filter's places.
-      padding: P, zeros added at each border; half the kernel where not given, so that stride 1
-        keeps the size.
+      stride: of the filter, along both axes.
+      padding: P, zeros added at each border; None for half the kernel.
       bias: whether a bias is added.
       initial: draws the weights: `xavier_uniform` or `he_uniform`.
-      dtype: of the arithmetic; the weights are float32.
+      dtype: compute dtype; the weights are float32.
     """
 
     def __init__(
@@ -96,9 +94,8 @@ class Conv(nnx.Module):
         if kernel == 1 and self.stride == 1:
             y = pointwise_conv(x, weight[0, 0])
         elif channels_in * kernel**2 <= 32 or (rows < kernel and jax.default_backend() == "cpu"):
-            # Gathering the inputs and one matrix product beat a convolution on a CPU where inputs
-            # are so few; and where the filter is larger than the map, XLA's takes up to 90 times
-            # as long.
+            # On a CPU, patches and one matrix product are faster than a convolution of so few
+            # inputs; of a filter larger than the map, XLA's takes up to 90 times as long.
             patches = jnp.concatenate(taps(x, kernel, self.stride, self.padding), axis=-1)
             y = pointwise_conv(patches, weight.reshape(-1, channels_out))
         else:
@@ -114,7 +111,7 @@ class Conv(nnx.Module):
 
 
 class MaxPool(nnx.Module):
-    """The maximum of each 3×3 neighbourhood, two apart, so that they overlap.
+    """Overlapping max pooling, 3×3 with stride 2.
 
     The input has no negative values: a border of `padding` zeros changes no maximum.
     """
@@ -130,7 +127,7 @@ class MaxPool(nnx.Module):
 
 
 class AveragePool(nnx.Module):
-    """The mean of each 2×2 square."""
+    """Average pooling, 2×2 with stride 2."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, ⌊H/2⌋, ⌊W/2⌋, C)."""
@@ -140,7 +137,7 @@ class AveragePool(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """A 3×3 convolution of each channel by itself, without bias."""
+    """A 3×3 depthwise convolution without bias."""
 
     def __init__(
         self, channels: int, stride: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
@@ -163,7 +160,7 @@ class DepthwiseConv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation, followed by ReLU6 if asked."""
+    """Batch normalisation, optionally followed by ReLU6."""
 
     def __init__(self, channels: int, *, relu6: bool, epsilon: float) -> None:
         self.scale = nnx.Param(_filled(channels, 1.0))
@@ -174,7 +171,7 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array, train: bool, axis_name: str | None) -> jax.Array:
-        """Maps (..., C) to the same shape; in training leaves the batch's statistics behind."""
+        """Maps (..., C) to the same shape; in training stores the statistics of the batch."""
         scale, bias = self.scale[...], self.bias[...]
         if train:
             y, mean, variance = batch_norm_train(
@@ -197,7 +194,7 @@ class BatchNorm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """Dropout, if asked, and a dense layer."""
+    """Dropout and a dense layer."""
 
     def __init__(
         self, channels: int, outputs: int, dropout_rate: float = 0.0, *,
@@ -214,8 +211,8 @@ class Dense(nnx.Module):
     ) -> jax.Array:
         """Maps (B, C) to (B, K) float32.
 
-        dropout_keys holds one key an image (B,), so that a mask depends on its image alone and not
-        on how the batch is split over devices; needed only in training with a dropout rate.
+        `dropout_keys` (B,) has a key per image, so that masks do not depend on the sharding of the
+        batch; required only in training with a dropout rate.
         """
         if train and self.dropout_rate > 0:
             keep = 1.0 - self.dropout_rate
@@ -238,7 +235,7 @@ class Classifier(Dense):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution, batch norm and, if asked, ReLU6."""
+    """Convolution, batch norm and optional ReLU6."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, *,

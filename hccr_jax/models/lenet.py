@@ -11,17 +11,16 @@ from hccr_jax.models.layers import AveragePool, Conv, Dense
 class LeNet5(nnx.Module):
     """LeNet-5: two convolutions with average pooling, a flattening one, two dense layers.
 
-    The maps of 32 px images, LeCun's, are 28×28, 14×14, 10×10 and 5×5 pixels in size; of 64 px,
+    The feature maps of 32 px images, LeCun's, have 28×28, 14×14, 10×10 and 5×5 pixels; of 64 px,
     60×60, 30×30, 26×26 and 13×13. The flattening convolution (C5) is as large as the last map, so
-    it is computed as a dense layer. As usual today, each map of C3 sees all maps before it, pooling
-    has no weights, the activation is a plain tanh, and a softmax stands in the place of the
-    distances to drawn digits.
+    it is computed as a dense layer. As usual today, each map of C3 takes all maps of S2, pooling
+    has no weights, the activation is tanh, and a softmax replaces the distances to drawn digits.
 
     Args:
       num_classes: K.
-      channels: of the images.
-      image_px: side of the images.
-      dtype: of the arithmetic; parameters and logits are float32.
+      channels: image channels, C.
+      image_px: side of the images, S.
+      dtype: compute dtype; parameters and logits are float32.
 
     Source: section 2.1 of the paper; LeCun et al., Gradient-based learning applied to document
     recognition, 1998, section II.B.

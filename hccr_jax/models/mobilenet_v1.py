@@ -10,8 +10,8 @@ from hccr_jax.models.blocks import DepthwiseSeparable, scaled_channels
 from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
-# (output channels, stride) of the 13 blocks. Table 1 of the paper misprints three rows (the 128→256
-# layers and the last depthwise stride); this is the network that its authors' code builds.
+# (output channels, stride) of the 13 blocks. Table 1 of the paper has misprints in three rows (the
+# 128→256 layers and the last depthwise stride); this is the network of its authors' code.
 BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
     (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
@@ -24,14 +24,14 @@ class MobileNetV1(nnx.Module):
 
     Args:
       num_classes: K.
-      channels: of the images.
-      width: multiplier of all channel counts.
-      stem_stride: of the first convolution; 1 keeps every map at twice the side.
-      first_stride: of the first block that has one; 1 keeps the maps from there on at twice the
-        side, for less than a stem of stride 1 costs.
-      dropout_rate: before the classifier.
-      batch_norm_epsilon: added to the variances.
-      dtype: of the arithmetic; parameters and logits are float32.
+      channels: image channels, C.
+      width: width multiplier.
+      stem_stride: of the first convolution; 1 doubles the side of every feature map.
+      first_stride: of the first block with a stride; 1 doubles the side of the maps from there on,
+        for less than a stem of stride 1 costs.
+      dropout_rate: of the classifier's input.
+      batch_norm_epsilon: constant added to the variances.
+      dtype: compute dtype; parameters and logits are float32.
 
     Source: Table 1 of the paper; https://arxiv.org/abs/1704.04861.
     """

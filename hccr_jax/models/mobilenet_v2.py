@@ -10,7 +10,7 @@ from hccr_jax.models.blocks import InvertedResidual, scaled_channels
 from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
-# (expansion, output channels, repeats, stride of the first) of each row of Table 3.
+# (expansion, output channels, repeats, first stride) of each row of Table 3.
 STAGES = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1),
@@ -23,15 +23,15 @@ class MobileNetV2(nnx.Module):
 
     Args:
       num_classes: K.
-      channels: of the images.
-      width: multiplier of all channel counts; that of the head is never below 1.
-      stem_stride: of the first convolution; 1 keeps every map at twice the side.
-      first_stride: of the first stage that has one; 1 keeps the maps from there on at twice the
-        side, for less than a stem of stride 1 costs.
-      head_channels: of the 1×1 convolution before the average.
-      dropout_rate: before the classifier.
-      batch_norm_epsilon: added to the variances.
-      dtype: of the arithmetic; parameters and logits are float32.
+      channels: image channels, C.
+      width: width multiplier; the head's is never below 1.
+      stem_stride: of the first convolution; 1 doubles the side of every feature map.
+      first_stride: of the first block with a stride; 1 doubles the side of the maps from there on,
+        for less than a stem of stride 1 costs.
+      head_channels: of the 1×1 convolution before the global average.
+      dropout_rate: of the classifier's input.
+      batch_norm_epsilon: constant added to the variances.
+      dtype: compute dtype; parameters and logits are float32.
 
     Source: Table 3 of the paper (its text counts 19 blocks, its table 17);
     https://arxiv.org/abs/1801.04381.

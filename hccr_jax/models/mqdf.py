@@ -1,7 +1,6 @@
 """The classical recogniser: gradient features, LDA, modified quadratic discriminant function.
 
-It is called as the networks are, but fitted in closed form (`fit_lda`, `fit_discriminant`), class
-by class in a fixed order of additions.
+It is called like the networks, but fitted in closed form (`train.fit_mqdf`).
 
 Source: Kimura, Takashina, Tsuruoka and Miyake, "Modified quadratic discriminant functions and the
 application to Chinese character recognition", IEEE TPAMI 9 (1987), there MQDF2. The whole system:
@@ -27,7 +26,7 @@ from hccr_jax.models.gradient_features import (
 
 
 def extract_features(images: jax.Array) -> jax.Array:
-    """Returns what the discriminants see of images (B, S, S), float32 (B, 512)."""
+    """Returns the features of images (B, S, S) with equalised density, float32 (B, 512)."""
     return gradient_features(equalize_density(images))
 
 
@@ -38,8 +37,7 @@ class GradientFeatures(nnx.Module):
         """Maps (B, S, S, C) to (B, 512); several channels are averaged."""
         features = extract_features(images.mean(axis=3))
         size = images.shape[1]
-        # Two products with a matrix each, two Sobel filters of six taps, then the blur along the
-        # columns and along the rows.
+        # Two matrix products, two Sobel filters of six taps, the blur of columns and of rows.
         blur = DIRECTIONS * GRID * (size * size + GRID * size)
         cost = 2 * size**3 + 2 * 6 * size**2 + blur
         record_cost(self, "gradient features", features, cost)
@@ -61,13 +59,13 @@ class Projection(nnx.Module):
 
 
 class QuadraticDiscriminant(nnx.Module):
-    """Scaled log-likelihoods of Gaussians with k own variances a class and one for all the rest.
+    """Scaled log-likelihoods of Gaussians with k variances per class and one for the rest.
 
     Args:
       num_classes: K.
-      dims: d, of the input.
-      eigenvectors: k, whose directions and variances each class has of its own.
-      minor_variance: δ, of every other direction.
+      dims: d, size of the input.
+      eigenvectors: k, principal directions of each class.
+      minor_variance: δ, the variance of every other direction.
     """
 
     def __init__(
@@ -84,13 +82,13 @@ class QuadraticDiscriminant(nnx.Module):
         mean, vectors, variances = self.mean[...], self.vectors[...], self.variances[...]
         minor, (_, dims, leading) = self.minor_variance[...], vectors.shape
         einsum = functools.partial(jnp.einsum, precision="highest")
-        # x − mean is never formed: it would be B × K × d.
+        # x − mean is never materialised: it would be B × K × d.
         distances = (x**2).sum(1)[:, None] - 2 * einsum("bd,kd->bk", x, mean)
         distances += (mean**2).sum(1)[None]
         offsets = einsum("bd,kdj->bkj", x, vectors) - einsum("kd,kdj->kj", mean, vectors)[None]
-        own = einsum("bkj,kj->bk", offsets**2, 1 / variances - 1 / minor)
+        principal = einsum("bkj,kj->bk", offsets**2, 1 / variances - 1 / minor)
         log_determinants = jnp.log(variances).sum(1) + (dims - leading) * jnp.log(minor)
-        logits = -0.5 * self.scale[...] * (own + distances / minor + log_determinants[None])
+        logits = -0.5 * self.scale[...] * (principal + distances / minor + log_determinants[None])
         record_cost(
             self, "quadratic discriminants", logits, mean.size + vectors.size + variances.size
         )
@@ -102,8 +100,8 @@ class MQDF(nnx.Module):
 
     Args:
       num_classes: K.
-      lda_dims: discriminants to keep, at most K − 1.
-      eigenvectors: of each class.
+      lda_dims: number of discriminants, at most K − 1.
+      eigenvectors: principal directions of each class.
       minor_variance: δ, in units of the mean variance within the classes.
     """
 

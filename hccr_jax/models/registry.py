@@ -44,10 +44,10 @@ def create_model(
     Args:
       name: a key of `MODELS`.
       num_classes: K.
-      channels: of the images.
+      channels: image channels, C.
       image_px: side of the images, for networks with a dense layer over a whole map; None for the
         default of `config.data`.
-      dtype: of the arithmetic, for networks that compute in others than float32.
+      dtype: compute dtype, for networks that support others than float32.
       rngs: keys of the initial weights.
       **options: of `network_options`; those not given are the defaults of `config.model`.
 

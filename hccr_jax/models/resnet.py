@@ -14,7 +14,7 @@ STAGE_CHANNELS = (64, 128, 256, 512)
 
 
 class BasicBlock(nnx.Module):
-    """Two 3×3 convolutions around which the input passes; for depths below 50."""
+    """Two 3×3 convolutions with a shortcut around them; for depths below 50."""
 
     widening = 1
 
@@ -31,10 +31,10 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1×1, 3×3 and 1×1 convolutions around which the input passes; for depths from 50.
+    """1×1, 3×3 and 1×1 convolutions with a shortcut around them; for depths from 50.
 
-    A stride is taken in the 3×3 convolution, where it skips nothing; He et al. have it in the first
-    one. The parameters are the same.
+    The stride is in the 3×3 convolution, which skips no input; He et al. have it in the first one.
+    The parameters are the same.
     """
 
     widening = 4
@@ -57,7 +57,7 @@ class Bottleneck(nnx.Module):
 def _projection(
     channels_in: int, channels_out: int, stride: int, common: dict[str, Any]
 ) -> ConvNorm | None:
-    """Returns what brings a block's input into the shape of its output; None where it has it."""
+    """Returns the projection shortcut, or None where input and output have the same shape."""
     if stride == 1 and channels_in == channels_out:
         return None
     return ConvNorm(channels_in, channels_out, 1, stride, relu6=False, **common)
@@ -70,11 +70,11 @@ class ResNet(nnx.Module):
       block: `BasicBlock` or `Bottleneck`.
       repeats: blocks of each stage.
       num_classes: K.
-      channels: of the images.
-      stem_stride: of the first convolution; 1 keeps every map at twice the side.
+      channels: image channels, C.
+      stem_stride: of the first convolution; 1 doubles the side of every feature map.
       dropout_rate: before the classifier; He et al. have none.
-      batch_norm_epsilon: added to the variances.
-      dtype: of the arithmetic; parameters and logits are float32.
+      batch_norm_epsilon: constant added to the variances.
+      dtype: compute dtype; parameters and logits are float32.
 
     Source: section 2.3 of the paper; He et al., https://arxiv.org/abs/1512.03385, Table 1.
     """

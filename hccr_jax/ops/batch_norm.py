@@ -16,13 +16,13 @@ def batch_norm(
     x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array,
     relu6: bool, epsilon: float,
 ) -> jax.Array:  # fmt: skip
-    """Returns x normalised with given statistics, scaled, shifted and, if asked, clipped to [0, 6].
+    """Returns x normalised with given statistics, scaled, shifted and optionally clipped to [0, 6].
 
     Args:
       x: (..., C), any float dtype; the arithmetic is float32, the result has x's dtype.
       mean, variance, scale, bias: float32 (C,).
-      relu6: whether ReLU6 follows.
-      epsilon: added to the variance.
+      relu6: whether to apply ReLU6.
+      epsilon: constant added to the variance.
 
     >>> one = jnp.ones(1)
     >>> batch_norm(jnp.array([[1.0], [9.0]]), one, one, one, one, relu6=True, epsilon=0.0).tolist()
@@ -37,18 +37,18 @@ def batch_norm_train(
     x: jax.Array, scale: jax.Array, bias: jax.Array,
     relu6: bool, epsilon: float, axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Returns `batch_norm` of x with the batch's own statistics, and those statistics.
+    """Returns `batch_norm` of x with the statistics of the batch, and those statistics.
 
     Args:
-      x: (..., C); the statistics run over all axes but the last.
+      x: (..., C); statistics are over all axes but the last.
       scale, bias: float32 (C,).
       relu6, epsilon: as in `batch_norm`.
-      axis_name: mesh axis over which the batch is split, or None; the statistics are the whole
-        batch's on every device.
+      axis_name: mesh axis over which the batch is sharded, or None; every device has the statistics
+        of the whole batch.
 
     Returns:
-      y like x; mean and (biased) variance, float32 (C,), for the running averages: no gradient
-      flows through these two.
+      y like x; mean and biased variance, float32 (C,), for the running averages: no gradient flows
+      through these two.
 
     Source: Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3 for the gradient.
     """
@@ -73,7 +73,7 @@ def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, ja
 def over_devices(
     mean: jax.Array, variance: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the whole batch's mean and variance, given those of each device's equal part."""
+    """Returns mean and variance of the whole batch from those of each device's equal shard."""
     if axis_name is None:
         return mean, variance
     whole = lax.pmean(mean, axis_name)
@@ -87,7 +87,7 @@ def _statistics_forward(x, axis_name):
 
 def _statistics_backward(axis_name, saved, gradients):
     x, mean = saved
-    d_mean, d_variance = share(gradients, x, axis_name)
+    d_mean, d_variance = mean_gradients(gradients, x, axis_name)
     dx = _affine(x, 2.0 * d_variance, d_mean - 2.0 * d_variance * mean)
     return (dx.astype(x.dtype),)
 
@@ -95,10 +95,10 @@ def _statistics_backward(axis_name, saved, gradients):
 batch_statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-def share(
+def mean_gradients(
     gradients: tuple[jax.Array, jax.Array], x: jax.Array, axis_name: str | None
 ) -> list[jax.Array]:
-    """Returns one row's share of the gradients of two means over all rows of the whole batch."""
+    """Returns the gradients of two means over the whole batch, divided by its number of rows."""
     count = x.size // x.shape[-1]
     if axis_name is not None:
         gradients = lax.psum(gradients, axis_name)
@@ -115,7 +115,7 @@ def _backward(relu6, epsilon, axis_name, saved, gradients):
     x, scale, bias, mean, inverse = saved
     gradient = gradients[0]
     d_bias, d_scale = norm_gradient_sums(x, gradient, mean, inverse, scale, bias, relu6)
-    mean_bias, mean_scale = share((d_bias, d_scale), x, axis_name)
+    mean_bias, mean_scale = mean_gradients((d_bias, d_scale), x, axis_name)
     normalized, passed = _passed(x, gradient, mean, inverse, scale, bias, relu6)
     dx = _row(scale * inverse, x) * (passed - _affine(normalized, mean_scale, mean_bias))
     return dx.astype(x.dtype), d_scale, d_bias
@@ -138,7 +138,7 @@ def norm_gradient_sums(
 
 
 def _passed(x, gradient, mean, inverse, scale, bias, relu6):
-    """Returns the normalised x and the gradient that the activation lets through, float32."""
+    """Returns the normalised x and the gradient behind the activation, float32."""
     normalized = _affine(x, inverse, -mean * inverse)
     passed = gradient.astype(jnp.float32)
     if relu6:

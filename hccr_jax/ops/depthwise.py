@@ -61,12 +61,13 @@ def shifted_sum(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
 
 
 def taps(x: Any, kernel: int, stride: int, padding: int, array: Any = jnp) -> list[Any]:
-    """Returns what each place of a square filter meets of x (B, H, W, C), row by row of the filter.
+    """Returns the inputs of each tap of a square filter, row by row of the filter.
 
     Args:
-      x: an array of `array`, `jax.numpy` or `numpy`.
+      x: (B, H, W, C), an array of the module `array`: `jax.numpy` or `numpy`.
       kernel: side of the filter.
-      stride, padding: of the filter; the padding is zeros.
+      stride: step of the filter along both axes.
+      padding: zeros added at each border.
 
     Returns:
       kernel² arrays (B, ⌊(H + 2 · padding − kernel)/stride⌋ + 1, …, C).
@@ -81,7 +82,7 @@ def taps(x: Any, kernel: int, stride: int, padding: int, array: Any = jnp) -> li
 
 
 def _data_gradient(x: jax.Array, weight: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
-    """Returns the gradient of x: the output's, spread out, convolved with the turned filter."""
+    """Returns the gradient of x: the output's, dilated, convolved with the flipped filter."""
     bottom, right = (x.shape[a] - (gradient.shape[a] - 1) * stride - 1 for a in (1, 2))
     spread = [(0, 0, 0), (0, bottom, stride - 1), (0, right, stride - 1), (0, 0, 0)]
     spaced = lax.pad(gradient, jnp.zeros((), gradient.dtype), spread)
@@ -91,8 +92,8 @@ def _data_gradient(x: jax.Array, weight: jax.Array, gradient: jax.Array, stride:
 def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Array:
     """Returns the gradient of the weights, (3, 3, C).
 
-    On a CPU image by image, since one image's share fits the cache; on other devices, which would
-    have too little to do then, in nine sums over the whole batch.
+    On a CPU image by image, since one image fits the cache; on other devices, which that would not
+    fill, in nine sums over the whole batch.
     """
 
     def sums(x: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -111,7 +112,7 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Arra
 
 
 def grouped_conv(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
-    """Returns `depthwise_conv` as XLA's own grouped convolution."""
+    """Returns `depthwise_conv` as XLA's grouped convolution."""
     return lax.conv_general_dilated(
         x,
         weight[:, :, None, :],

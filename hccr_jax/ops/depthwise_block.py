@@ -1,7 +1,8 @@
-"""Batch norm and ReLU6 on both sides of a depthwise convolution, as one operation.
+"""Batch norm and ReLU6 before and after a depthwise convolution, as one operation.
 
-Both networks consist of this pattern and 1×1 convolutions. On a CPU its cost is memory traffic:
-here the normalised input and the gradient of the convolution's output never reach memory.
+Both MobileNets consist of this pattern and 1×1 convolutions. Its cost is memory traffic: in the
+fused implementations the normalised input and the gradient of the convolution's output never reach
+memory.
 """
 
 import functools
@@ -16,9 +17,9 @@ from hccr_jax.ops.batch_norm import (
     batch_norm,
     batch_norm_train,
     batch_statistics,
+    mean_gradients,
     norm_gradient_sums,
     over_devices,
-    share,
 )
 from hccr_jax.ops.depthwise import depthwise_conv, out_shape
 
@@ -33,11 +34,11 @@ def depthwise_block(
 
     Args:
       x: (B, H, W, C) float.
-      statistics, statistics_after: mean and variance (C,) float32 of either norm.
-      affine, affine_after: scale and bias (C,) float32 of either norm.
+      statistics, statistics_after: mean and variance, float32 (C,), of the two norms.
+      affine, affine_after: scale and bias, float32 (C,), of the two norms.
       weight: (3, 3, C), of x's dtype.
       stride: of the convolution, 1 or 2.
-      epsilon: added to the variances.
+      epsilon: constant added to the variances.
 
     Returns:
       (B, ⌈H/stride⌉, ⌈W/stride⌉, C) like x.
@@ -58,15 +59,15 @@ def depthwise_block_train(
     affine_after: Vectors, stride: int, epsilon: float, axis_name: str | None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Vectors, Vectors]:  # fmt: skip
-    """Returns `depthwise_block` of x with the batch's own statistics, and those statistics.
+    """Returns `depthwise_block` of x with the statistics of the batch, and those statistics.
 
     Args:
-      axis_name: mesh axis over which the batch is split, or None.
+      axis_name: mesh axis over which the batch is sharded, or None.
       x, affine, weight, affine_after, stride, epsilon: as in `depthwise_block`.
-      implementation: one of `dispatch.available(x)`; None for the fastest one measured.
+      implementation: one of `dispatch.available(x)`; None for `dispatch.choose`.
 
     Returns:
-      the block's output; mean and variance before and after the convolution, through which no
+      The block's output; mean and variance before and after the convolution, through which no
       gradient flows.
     """
     implementation = implementation or dispatch.choose(x, stride)
@@ -99,8 +100,8 @@ def _backward(stride, epsilon, axis_name, implementation, saved, gradients):
     inverse = lax.rsqrt(variance + epsilon)
     slope = scale * inverse
     d_bias, d_scale = norm_gradient_sums(y, gradient, mean, inverse, scale, bias, True)
-    mean_bias, mean_scale = share((d_bias, d_scale), y, axis_name)
-    # The gradient of y is slope · passed − p − q · (y − mean); ReLU6 lets through what is passed.
+    mean_bias, mean_scale = mean_gradients((d_bias, d_scale), y, axis_name)
+    # The gradient of y is slope · passed − p − q · (y − mean), where `passed` is behind ReLU6.
     p, q = slope * mean_bias, slope * inverse * mean_scale
     norm_after = jnp.stack([mean, slope, bias, p, q])
     dx, sums = FUSED[implementation][1](x, norm, weight, y, norm_after, gradient, stride)

@@ -1,22 +1,22 @@
 """The fused depthwise block on an NVIDIA GPU, as two Pallas kernels.
 
-As on a CPU, memory traffic is the block's cost, and these kernels exist to save it. Bytes moved for
-each value of x, in bfloat16 and at stride 1:
+As on a CPU, memory traffic is the block's cost, which these kernels reduce. Bytes moved for each
+value of x, in bfloat16 and at stride 1:
 
   forward: 10 as separate operations (norm and ReLU6 4, convolution 4, statistics 2), 4 here;
   backward: 24 as separate operations (gradient of y 6, of the activation 4, of the weights 4,
-  norm's sums 4, gradient of x 6), 8 here; what flows through x's own statistics is left to
-  whoever took them, at most 6 more.
+  norm's sums 4, gradient of x 6), 8 here; the gradient through the statistics of x is left to the
+  caller, at most 6 more.
 
 A lane of a program has one channel of a few neighbouring columns and goes down the rows of an
-image. What its 3×3 filters see slides along in registers, so a value is loaded and normalised one
-and a half times, not nine times: else arithmetic would cost more than memory. Each program writes
-its own sums, without atomics, and XLA adds them up: no result depends on who came first.
+image. The window of its 3×3 filters slides in registers, so a value is loaded and normalised one
+and a half times, not nine times, which would cost more than the memory traffic. Each program
+writes its sums, without atomics, and XLA adds them: results are deterministic.
 
-The kernels go through Triton, the older of Pallas's two ways to a GPU, deprecated from JAX 0.11 on:
-it takes plain array code, on any GPU since Ampere. Mosaic GPU, its successor, wants copies,
-barriers and register layouts spelled out. On an H200 they are the fastest form of every layer of
-both networks (`ops/measured/`); how many lanes, columns and warps are best was not tried there.
+The kernels use Pallas's Triton backend, deprecated from JAX 0.11 on: it takes plain array code, on
+any GPU since Ampere. Mosaic GPU, its successor, requires explicit copies, barriers and register
+layouts. On an H200 these kernels are the fastest implementation of every layer of both networks
+(`ops/measured/`); the numbers of lanes, columns and warps were not tuned there.
 """
 
 import functools
@@ -63,10 +63,10 @@ def block_forward(
     """
     batch, height, width, channels = x.shape
     y = jax.ShapeDtypeStruct((batch, -(-height // stride), -(-width // stride), channels), x.dtype)
-    cut = _cut(y.shape)
-    moments = jax.ShapeDtypeStruct((2, cut.programs, channels), jnp.float32)
-    y, (means, squares) = _call(_forward_kernel, cut, stride, (y, moments), x, norm, weight)
-    images = np.full((cut.programs, 1), cut.passes * cut.images, np.float32)
+    tiling = _tiling(y.shape)
+    moments = jax.ShapeDtypeStruct((2, tiling.programs, channels), jnp.float32)
+    y, (means, squares) = _call(_forward_kernel, tiling, stride, (y, moments), x, norm, weight)
+    images = np.full((tiling.programs, 1), tiling.passes * tiling.images, np.float32)
     images[-1] = batch - images[:-1].sum()
     mean = (images / batch * means).sum(0)
     count = np.float32(y.shape[1] * y.shape[2])
@@ -85,26 +85,26 @@ def block_backward(
       x, norm, weight, stride: as in `block_forward`.
       y: its first result.
       norm_after: (5, C) float32: mean, slope and bias of the norm of y; p and q of y's gradient,
-        slope · passed − p − q · (y − mean), where passed is what ReLU6 lets through of `gradient`.
+        slope · passed − p − q · (y − mean), where passed is `gradient` behind ReLU6.
       gradient: of the block's output, like y.
 
     Returns:
-      the gradient of x, its norm's statistics held fixed, like x; (11, C) float32: the gradients of
-      the nine weights, of the first norm's bias and of its slope.
+      The gradient of x, with the statistics of its norm held fixed, like x; float32 (11, C): the
+      gradients of the nine weights, of the first norm's bias and of its slope.
     """
-    cut = _cut(y.shape)
-    sums = jax.ShapeDtypeStruct((11, cut.programs, x.shape[-1]), jnp.float32)
+    tiling = _tiling(y.shape)
+    sums = jax.ShapeDtypeStruct((11, tiling.programs, x.shape[-1]), jnp.float32)
     dx = jax.ShapeDtypeStruct(x.shape, x.dtype)
     arguments = (x, norm, weight, y, norm_after, gradient)
-    dx, sums = _call(_backward_kernel, cut, stride, (dx, sums), *arguments)
+    dx, sums = _call(_backward_kernel, tiling, stride, (dx, sums), *arguments)
     return dx, sums.sum(1)
 
 
-class _Cut(NamedTuple):
-    """The cut of the work into programs, Triton's arrays being of powers of two.
+class _Tiling(NamedTuple):
+    """The tiling of the work by programs; Triton's arrays have sizes of powers of two.
 
     A program takes `passes` times `images` images and `channels` channels; one pass works on a row
-    of y in each, cut into `runs` runs of `run` columns.
+    of y in each, as `runs` runs of `run` columns.
     """
 
     images: int
@@ -116,7 +116,7 @@ class _Cut(NamedTuple):
     programs: int  # along the batch
 
 
-def _cut(shape: tuple[int, ...]) -> _Cut:
+def _tiling(shape: tuple[int, ...]) -> _Tiling:
     batch, height, width, channels = shape
     divisor = channels & -channels  # the largest power of two
     tile = min(max(divisor, 16), 64)
@@ -125,14 +125,14 @@ def _cut(shape: tuple[int, ...]) -> _Cut:
     images = max(1, LANES // (runs * tile))
     tiles, groups = pl.cdiv(channels, tile), pl.cdiv(batch, images)
     passes = max(1, min(MIN_ROWS // height, tiles * groups // MIN_PROGRAMS))
-    return _Cut(images, runs, run, tile, passes, tiles, pl.cdiv(groups, passes))
+    return _Tiling(images, runs, run, tile, passes, tiles, pl.cdiv(groups, passes))
 
 
-def _call(kernel, cut, stride, out_shape, *arguments):
+def _call(kernel, tiling, stride, out_shape, *arguments):
     """Runs a kernel."""
     call = pl.pallas_call(
-        functools.partial(kernel, stride=stride, cut=cut),
-        grid=(cut.tiles, cut.programs),
+        functools.partial(kernel, stride=stride, tiling=tiling),
+        grid=(tiling.tiles, tiling.programs),
         out_shape=out_shape,
         compiler_params=plt.CompilerParams(num_warps=WARPS),
         interpret=_interprets(),
@@ -141,16 +141,17 @@ def _call(kernel, cut, stride, out_shape, *arguments):
 
 
 def _interprets() -> bool:
-    """Returns whether kernels are interpreted, as on a CPU, which serves tests."""
+    """Returns whether kernels are interpreted, as on a CPU, for tests."""
     return jax.default_backend() == "cpu"
 
 
-def _lanes(cut: _Cut):
+def _lanes(tiling: _Tiling):
     """Returns each lane's first image and column, (P, 1), and its channel, (1, tile)."""
-    lane = lax.broadcasted_iota(jnp.int32, (cut.images * cut.runs, 1), 0)
-    image = pl.program_id(1) * (cut.passes * cut.images) + lane // cut.runs
-    channel = lax.broadcasted_iota(jnp.int32, (1, cut.channels), 1)
-    return image, lane % cut.runs * cut.run, pl.program_id(0) * cut.channels + channel
+    lane = lax.broadcasted_iota(jnp.int32, (tiling.images * tiling.runs, 1), 0)
+    image = pl.program_id(1) * (tiling.passes * tiling.images) + lane // tiling.runs
+    channel = lax.broadcasted_iota(jnp.int32, (1, tiling.channels), 1)
+    column = lane % tiling.runs * tiling.run
+    return image, column, pl.program_id(0) * tiling.channels + channel
 
 
 def _read(ref: Any, at: tuple, mask: jax.Array) -> jax.Array:
@@ -168,21 +169,21 @@ def _write_sums(ref: Any, sums: list[jax.Array], channel: jax.Array) -> None:
         plt.store(ref.at[at], total, mask=channel < ref.shape[-1])
 
 
-def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, cut):
+def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, tiling):
     batch, height, width, channels = x_ref.shape
     _, out_height, out_width, _ = y_ref.shape
-    first_image, column, channel = _lanes(cut)
+    first_image, column, channel = _lanes(tiling)
     real = channel < channels
     mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
     weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
-    run_length = jnp.clip(out_width - column, 0, cut.run).astype(jnp.float32)
+    run_length = jnp.clip(out_width - column, 0, tiling.run).astype(jnp.float32)
 
     def one_pass(index, moments):
-        image = first_image + index * cut.images
+        image = first_image + index * tiling.images
         here = (image < batch) & real
 
         def active_row(row):
-            """Returns what the filter sees of a row of x: all columns of the lane's run."""
+            """Returns the activated row of x under the filter, all columns of the lane's run."""
 
             def active(k):
                 at = column * stride + k
@@ -190,13 +191,13 @@ def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, 
                 scaled = (_read(x_ref, (image, row, at, channel), seen) - mean) * slope + bias
                 return jnp.where(seen, jnp.clip(scaled, 0.0, RELU6_LIMIT), 0.0)
 
-            return [active(k) for k in range(-1, (cut.run - 1) * stride + 2)]
+            return [active(k) for k in range(-1, (tiling.run - 1) * stride + 2)]
 
         def one_row(row, carry):
             window, means, squares = carry
             window = window + [active_row(row * stride + k) for k in range(2 - stride, 2)]
             values = []
-            for k in range(cut.run):
+            for k in range(tiling.run):
                 inside = here & (column + k < out_width)
                 total = sum(
                     window[i][k * stride + j] * weight[i][j] for i in range(3) for j in range(3)
@@ -218,9 +219,9 @@ def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, 
         window = [active_row(jnp.int32(k)) for k in range(-1, 2 - stride)]
         return lax.fori_loop(0, out_height, one_row, (window, *moments))[1:]
 
-    zeros = jnp.zeros((cut.images * cut.runs, cut.channels), jnp.float32)
-    means, squares = lax.fori_loop(0, cut.passes, one_pass, (zeros, zeros))
-    passes = jnp.clip((batch - first_image + cut.images - 1) // cut.images, 0, cut.passes)
+    zeros = jnp.zeros((tiling.images * tiling.runs, tiling.channels), jnp.float32)
+    means, squares = lax.fori_loop(0, tiling.passes, one_pass, (zeros, zeros))
+    passes = jnp.clip((batch - first_image + tiling.images - 1) // tiling.images, 0, tiling.passes)
     count = (passes * out_height).astype(jnp.float32) * run_length
     mean = (count * means).sum(0, keepdims=True) / count.sum(0, keepdims=True)
     squares += count * jnp.square(means - mean)
@@ -228,11 +229,11 @@ def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, 
 
 
 def _backward_kernel(
-    x_ref, norm_ref, weight_ref, y_ref, after_ref, gradient_ref, dx_ref, sums_ref, *, stride, cut
+    x_ref, norm_ref, weight_ref, y_ref, after_ref, gradient_ref, dx_ref, sums_ref, *, stride, tiling
 ):
     batch, height, width, channels = x_ref.shape
     _, out_height, out_width, _ = y_ref.shape
-    first_image, column, channel = _lanes(cut)
+    first_image, column, channel = _lanes(tiling)
     real = channel < channels
     mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
     weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
@@ -242,7 +243,7 @@ def _backward_kernel(
     first = stride - 2
 
     def one_pass(index, sums):
-        image = first_image + index * cut.images
+        image = first_image + index * tiling.images
         here = (image < batch) & real
 
         def gradient_row(row):
@@ -253,17 +254,17 @@ def _backward_kernel(
                 seen = here & _between(row, out_height) & _between(column + k, out_width)
                 deviation = _read(y_ref, at, seen) - y_mean
                 scaled = deviation * y_slope + y_bias
-                open_ = (scaled > 0.0) & (scaled < RELU6_LIMIT)
-                passed = jnp.where(open_, _read(gradient_ref, at, seen), 0.0)
+                is_open = (scaled > 0.0) & (scaled < RELU6_LIMIT)
+                passed = jnp.where(is_open, _read(gradient_ref, at, seen), 0.0)
                 return jnp.where(seen, y_slope * passed - p - q * deviation, 0.0)
 
-            return [d_y(k) for k in range(first, cut.run + 1)]
+            return [d_y(k) for k in range(first, tiling.run + 1)]
 
         def one_row(row, carry):
             window, sums = carry
             window = [*window, gradient_row(row + 1)]
             sums = list(sums)
-            for a, b in itertools.product(range(stride), range(cut.run * stride)):
+            for a, b in itertools.product(range(stride), range(tiling.run * stride)):
                 at = (image, row * stride + a, column * stride + b, channel)
                 seen = here & (at[1] < height) & (at[2] < width)
                 deviation = _read(x_ref, at, seen) - mean
@@ -284,6 +285,6 @@ def _backward_kernel(
         window = [gradient_row(jnp.int32(k)) for k in range(first, 1)]
         return lax.fori_loop(0, out_height, one_row, (window, sums))[1]
 
-    zeros = jnp.zeros((cut.images * cut.runs, cut.channels), jnp.float32)
-    sums = lax.fori_loop(0, cut.passes, one_pass, [zeros] * 11)
+    zeros = jnp.zeros((tiling.images * tiling.runs, tiling.channels), jnp.float32)
+    sums = lax.fori_loop(0, tiling.passes, one_pass, [zeros] * 11)
     _write_sums(sums_ref, [total.sum(0, keepdims=True) for total in sums], channel)

@@ -1,8 +1,8 @@
 """Builds and registers the CPU kernels of `cpu_kernels.cc`.
 
-The kernels are compiled once for the machine they run on (a few seconds, kept in the user's cache
-folder). Where no C++ compiler is found everything runs on XLA's own operations: the same numbers to
-rounding, at about half the speed.
+The kernels are compiled once for the machine they run on (a few seconds, cached in the user's cache
+folder). Without a C++ compiler everything runs on XLA's operations: the same numbers to rounding,
+at about half the speed.
 """
 
 import ctypes
@@ -34,9 +34,9 @@ LANES = 16  # the kernels work on groups of this many channels
 
 @functools.cache
 def available() -> bool:
-    """Returns whether the CPU kernels can be used, building and registering them on the first call.
+    """Builds and registers the CPU kernels on the first call, and returns whether that succeeded.
 
-    Setting the environment variable HCCR_CPU_KERNELS to 0 turns them off.
+    The environment variable HCCR_CPU_KERNELS=0 disables them.
     """
     if os.environ.get("HCCR_CPU_KERNELS") == "0":
         return False
@@ -51,7 +51,7 @@ def available() -> bool:
         library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
-        logging.warning("The CPU kernels could not be built, XLA's own run instead: %s", detail)
+        logging.warning("CPU kernels failed to build, using XLA's operations: %s", detail)
         return False
     for target in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, target))
@@ -60,13 +60,13 @@ def available() -> bool:
 
 
 def supports(x: jax.Array) -> bool:
-    """Returns whether the kernels take this array: float32, at least 16 channels, on a CPU."""
+    """Returns whether the kernels support this array: float32, at least 16 channels, on a CPU."""
     fits = x.dtype == jnp.float32 and x.shape[-1] >= LANES
     return fits and jax.default_backend() == "cpu" and available()
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for what is compiled on this machine and can be compiled again."""
+    """Returns the folder of this machine's compiled code."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hccr_jax"
 
 
@@ -91,7 +91,7 @@ def _build(compiler: str) -> pathlib.Path:
 
 
 def _processor() -> str:
-    """Returns what tells processors with different instruction sets apart."""
+    """Returns a text that identifies the processor's instruction set."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""1×1 convolution as a matrix product, with the gradients as the products that run fastest."""
+"""1×1 convolution as a matrix product, with its gradients as the fastest products."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ MIN_INPUTS = 8
 def pointwise_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns x @ weight: (..., C) and (C, C') to (..., C').
 
-    The gradient of the weight is written as a product of the two arrays as they lie in memory.
-    Left to itself, XLA on a CPU first copies the output's gradient into transposed order, which
-    took longer than the product.
+    The gradient of the weight is a product of the two arrays in their memory layout: by default,
+    XLA on a CPU first transposes the output's gradient, which takes longer than the product.
     """
     return x @ weight
 

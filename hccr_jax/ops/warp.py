@@ -1,14 +1,14 @@
-"""Affine warps: images resampled once, on the device."""
+"""Affine warps of images, by one bilinear resampling."""
 
 import jax
 import jax.numpy as jnp
 
 
 def rotation_matrix(angle: jax.Array) -> jax.Array:
-    """Returns the matrices (2, 2, ...) that turn (x right, y down) counter-clockwise as seen.
+    """Returns the matrices (2, 2, ...) of counter-clockwise rotations, x to the right and y down.
 
     Args:
-      angle: in radians, any shape.
+      angle: radians, any shape.
     """
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     return jnp.stack([jnp.stack([cosine, sine]), jnp.stack([-sine, cosine])])
@@ -17,17 +17,17 @@ def rotation_matrix(angle: jax.Array) -> jax.Array:
 def warp(
     images: jax.Array, matrices: jax.Array, shifts: jax.Array, bend: jax.Array | None = None
 ) -> jax.Array:
-    """Returns images moved by affine maps, with bilinear sampling and paper (0) outside.
+    """Returns images warped by affine maps, with bilinear sampling and zeros (paper) outside.
 
     A point at offset p = (x right, y down), in pixels from the image's centre, moves to
-    matrices · p + shifts: the maps push. Pixel centres lie at half-integers, so an image's centre
-    is at S/2 and a flip maps pixel i to pixel S − 1 − i.
+    matrices · p + shifts: a push map. Pixel centres are at half-integers, so an image's centre is
+    at S/2 and a flip maps pixel i to pixel S − 1 − i.
 
     Args:
       images: float32 (B, S, S).
       matrices: float32 (B, 2, 2), invertible.
       shifts: float32 (B, 2), pixels.
-      bend: float32 (B, 2, S·S), pixels (x, y) added to where each pixel of the result is read from.
+      bend: float32 (B, 2, S·S), offsets (x, y) in pixels of each output pixel's sampling point.
     """
     batch, size, _ = images.shape
     (a, b), (c, d) = matrices.transpose(1, 2, 0)[..., None]
@@ -38,11 +38,11 @@ def warp(
     from_x, from_y = (d * x - b * y) * scale, (a * y - c * x) * scale
     if bend is not None:
         from_x, from_y = from_x + bend[:, 0], from_y + bend[:, 1]
-    # Back to pixel indices of the source; beyond one pixel outside all is paper.
+    # Back to pixel indices of the source; more than one pixel outside, all is paper.
     from_x = jnp.clip(from_x + (size / 2 - 0.5), -1.0, size)
     from_y = jnp.clip(from_y + (size / 2 - 0.5), -1.0, size)
     left, top = jnp.floor(from_x), jnp.floor(from_y)
-    right_share, bottom_share = from_x - left, from_y - top
+    right_weight, bottom_weight = from_x - left, from_y - top
     # A border of paper, one pixel before and two after, keeps all four neighbours inside the array.
     line = size + 3
     flat = jnp.pad(images, ((0, 0), (1, 2), (1, 2))).reshape(batch, line * line)
@@ -51,6 +51,6 @@ def warp(
     def tap(offset: int) -> jax.Array:
         return jnp.take_along_axis(flat, corner + offset, axis=1, mode="promise_in_bounds")
 
-    upper = tap(0) * (1 - right_share) + tap(1) * right_share
-    lower = tap(line) * (1 - right_share) + tap(line + 1) * right_share
-    return (upper * (1 - bottom_share) + lower * bottom_share).reshape(images.shape)
+    upper = tap(0) * (1 - right_weight) + tap(1) * right_weight
+    lower = tap(line) * (1 - right_weight) + tap(line + 1) * right_weight
+    return (upper * (1 - bottom_weight) + lower * bottom_weight).reshape(images.shape)

@@ -1,4 +1,4 @@
-"""The operations, in all their forms, against float64 NumPy and JAX's own gradients."""
+"""The operations, in all their implementations, against float64 NumPy and JAX's own gradients."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv
 
 EPSILON = 1e-3
-FORMS = {"chosen": depthwise_conv, "shifted": shifted_sum, "grouped": grouped_conv}
+IMPLEMENTATIONS = {"chosen": depthwise_conv, "shifted": shifted_sum, "grouped": grouped_conv}
 
 # (batch, height, width, channels): whole groups of 16 channels, a rest, too few for the kernels.
 SHAPES = [(1, 8, 8, 16), (33, 5, 7, 24), (2, 9, 4, 40), (3, 1, 2, 32), (2, 7, 6, 8)]
@@ -32,7 +32,7 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def taps(padded: np.ndarray, i: int, j: int, out: tuple[int, ...], stride: int) -> np.ndarray:
-    """A view of what tap (i, j) of the filter sees, for every output position."""
+    """A view of the input of tap (i, j) of the filter, for every output position."""
     return padded[:, i : i + stride * out[1] : stride, j : j + stride * out[2] : stride]
 
 
@@ -66,15 +66,15 @@ def value_and_pull(function, *arguments_and_gradient):
     return y, *pull(gradient)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_depthwise_agrees_with_float64(shape, stride, form):
+def test_depthwise_agrees_with_float64(shape, stride, implementation):
     x, weight = normal(shape), normal((3, 3, shape[-1]), 1)
     expected = reference_forward(x, weight, stride)
     gradient = normal(expected.shape, 2)
 
-    convolve = functools.partial(FORMS[form], stride=stride)
+    convolve = functools.partial(IMPLEMENTATIONS[implementation], stride=stride)
     y, dx, dw = jax.jit(functools.partial(value_and_pull, convolve))(x, weight, gradient)
     expected_dx, expected_dw = reference_backward(x, weight, gradient, stride)
     np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-6)
@@ -100,7 +100,7 @@ def test_depthwise_is_xlas_grouped_convolution(stride):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, results(by_xla))
 
 
-def test_the_kernels_take_float32_of_16_channels_on_a_cpu():
+def test_the_kernels_support_float32_of_16_channels_on_a_cpu():
     if not native.available():
         pytest.skip("no C++ compiler here")
     if jax.default_backend() != "cpu":
@@ -166,7 +166,7 @@ def test_batch_norm_train_agrees_with_float64(shape, relu6):
         np.testing.assert_allclose(mine, exact, atol=5e-6 * scale_of_error, err_msg=name)
 
 
-def test_batch_norm_with_the_batchs_own_statistics_is_batch_norm_train():
+def test_batch_norm_with_batch_statistics_is_batch_norm_train():
     x, scale, bias = (jnp.array(normal(s, i)) for i, s in enumerate([(5, 4, 4, 16), (16,), (16,)]))
     y, mean, variance = batch_norm_train(x, scale, bias, True, EPSILON, None)
     np.testing.assert_array_equal(batch_norm(x, mean, variance, scale, bias, True, EPSILON), y)
@@ -180,7 +180,7 @@ def test_batch_norm_computes_in_float32_whatever_the_type_of_x():
     np.testing.assert_allclose(mean, np.asarray(x, np.float64).mean((0, 1, 2)), atol=1e-6)
 
 
-def test_batch_norm_split_over_devices_is_that_of_the_whole_batch():
+def test_sharded_batch_norm_is_that_of_the_whole_batch():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     # Each device's rows have a mean of their own, so that statistics of a part would be wrong.
     x = normal((8, 3, 5, 24)) + np.repeat(np.arange(4, dtype=np.float32), 2).reshape(8, 1, 1, 1)
@@ -210,7 +210,7 @@ def test_batch_norm_split_over_devices_is_that_of_the_whole_batch():
 
 
 def plain_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stride):
-    """The block from its definition, by XLA's grouped convolution."""
+    """The block by its definition, with XLA's grouped convolution."""
     active = plain_batch_norm(inputs @ matrix, scale, bias, True)
     y = grouped_conv(active, weight, stride)
     return plain_batch_norm(y, scale_after, bias_after, True)
@@ -225,7 +225,7 @@ def our_block(inputs, matrix, scale, bias, weight, scale_after, bias_after, stri
 
 
 def block_arguments(shape, stride):
-    """Returns inputs, parameters, and a gradient of the output; ReLU6 clips on both sides."""
+    """Returns inputs, parameters and an output gradient; ReLU6 clips on both sides."""
     *batch_and_size, channels = shape
     vectors = [normal((channels,), seed) for seed in range(4)]
     scale, scale_after = 2 * vectors[0], 3 * vectors[1]
@@ -263,7 +263,7 @@ def test_the_depthwise_block_agrees_with_float64(shape, stride):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, -1e3])
-def test_the_depthwise_block_keeps_its_digits_far_from_zero(offset):
+def test_the_depthwise_block_is_accurate_far_from_zero(offset):
     # Before the convolution the offset goes with the mean. After it: all is active at 6 but one
     # channel's worth of noise, so that the mean is large against the deviation.
     x = normal((8, 6, 6, 16)) + np.float32(offset)
@@ -284,7 +284,7 @@ def test_the_depthwise_block_keeps_its_digits_far_from_zero(offset):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_depthwise_block_with_given_statistics_is_its_parts(shape, stride):
+def test_the_depthwise_block_with_given_statistics_is_the_composition(shape, stride):
     channels = shape[-1:]
     vectors = [jnp.array(normal(channels, seed)) for seed in range(6)]
     mean, scale, bias, mean_after, scale_after, bias_after = vectors
@@ -298,7 +298,7 @@ def test_the_depthwise_block_with_given_statistics_is_its_parts(shape, stride):
     np.testing.assert_allclose(ours, parts, atol=2e-5)
 
 
-def test_the_depthwise_block_split_over_devices_is_that_of_the_whole_batch():
+def test_the_sharded_depthwise_block_is_that_of_the_whole_batch():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     inputs, *others, gradient = block_arguments((8, 3, 5, 24), 2)
     inputs += np.repeat(np.arange(4, dtype=np.float32), 2).reshape(8, 1, 1, 1)
@@ -404,7 +404,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot restrict a process here")
-def test_the_kernels_give_the_same_bits_every_time_and_on_any_number_of_threads():
+def test_the_kernels_are_deterministic_on_any_number_of_threads():
     if not native.available():  # built now, so that the two processes need not both do it
         pytest.skip("no C++ compiler here")
     core = min(os.sched_getaffinity(0))
@@ -414,7 +414,7 @@ def test_the_kernels_give_the_same_bits_every_time_and_on_any_number_of_threads(
     assert len(digests) == 1
 
 
-def test_networks_give_the_same_logits_without_the_kernels(tmp_path):
+def test_networks_have_the_same_logits_without_the_kernels(tmp_path):
     native.available()
     files = {flag: str(tmp_path / f"logits{flag}.npy") for flag in "01"}
     both = [start(LOGITS, file, HCCR_CPU_KERNELS=flag) for flag, file in files.items()]
@@ -426,7 +426,7 @@ def test_networks_give_the_same_logits_without_the_kernels(tmp_path):
 
 @pytest.mark.parametrize(("target", "wider"), [("x86-64", ""), ("x86-64-v3", " avx512f ")])
 def test_the_kernels_of_narrower_processors_agree_with_float64(target, wider):
-    """The tests above again, in a process whose kernels are built for an earlier processor."""
+    """Runs the tests above in a process whose kernels are built for an earlier processor."""
     machine = platform.system(), platform.machine()
     if not native.available() or machine != ("Linux", "x86_64"):
         pytest.skip("no C++ compiler here, or another kind of machine")
