@@ -28,7 +28,7 @@ that runs the file should give, too.
 
 --verify writes nothing: it runs FILE in its own runtime on the test split and says how its
 probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and
-LiteRT on one core); it fails if the golden answers are missed by more than the tolerance.
+LiteRT on one core); it fails if the golden probabilities differ by more than the tolerance.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong request.
 """

@@ -1,4 +1,4 @@
-"""Exports a trained network for other runtimes, and holds the file against the network."""
+"""Exports a trained network for other runtimes, and verifies the file against the network."""
 
 import dataclasses
 import functools
@@ -27,31 +27,31 @@ from hccr_jax.inference.steps import to_float
 from hccr_jax.models.functional import split_model
 from hccr_jax.runtime.checkpoints import check_classes
 
-# The dtypes, the optional packages and their extra, of each format.
+# Of each format: its dtypes, the optional packages it requires, and their extra.
 FORMATS = {
     "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime"), "export"),
     "litert": (("float32", "float16", "int8"), ("flatbuffers", "ai_edge_litert"), "litert"),
     "stablehlo": (("float32", "float16"), ("flatbuffers",), "export"),
     "safetensors": (("float32", "float16"), ("safetensors",), "export"),
 }
-# How far probabilities may lie from the golden ones; those of int8 depend on how a runtime rounds.
+# Tolerances of golden probabilities; those of int8 depend on how a runtime rounds.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
 GOLDEN_PAIRS = 16
 CALIBRATION_IMAGES = 2048
 BATCH = 128
-TIMED, WARM_UP = 200, 20  # of one image alone
+TIMED, WARM_UP = 200, 20  # runs of a batch of one image
 
-Answer = Callable[[np.ndarray], np.ndarray]  # uint8 (B, S, S) to probabilities (B, K)
+Predict = Callable[[np.ndarray], np.ndarray]  # uint8 (B, S, S) to probabilities (B, K)
 
 
 class Golden(NamedTuple):
-    """What lies beside an exported file.
+    """Golden inputs and outputs, stored with an exported file.
 
     Attributes:
       images: uint8 (16, S, S), characters of a simulated writer, evenly from all classes.
-      probabilities: float32 (16, K), the file's answers when it was written.
-      reference: float32 (16, K), those of the checkpoint's network in float32.
-      description: what the network is and what it takes, JSON.
+      probabilities: float32 (16, K), outputs of the file when it was written.
+      reference: float32 (16, K), outputs of the checkpoint's network in float32.
+      description: JSON object, see `describe`.
     """
 
     images: np.ndarray
@@ -62,16 +62,16 @@ class Golden(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How an exported file differs from the checkpoint.
+    """Differences of an exported file from its checkpoint.
 
     Attributes:
       count: characters of the test split.
-      difference: the largest one of a probability, on the split.
-      top1: of the file (share of 1).
-      reference_top1: of the checkpoint.
-      golden_difference: the largest one from the golden answers.
-      tolerance: of the golden answers.
-      milliseconds: median time of one image alone; of ONNX and LiteRT on one core.
+      difference: largest difference of a probability on the split.
+      top1: accuracy of the file, 0 to 1.
+      reference_top1: accuracy of the checkpoint.
+      golden_difference: largest difference from the golden probabilities.
+      tolerance: of `golden_difference`.
+      milliseconds: median latency of one image; for ONNX and LiteRT on one core.
     """
 
     count: int
@@ -83,7 +83,7 @@ class Verification:
     milliseconds: float
 
     def passed(self) -> bool:
-        """Returns whether the file gives the golden answers."""
+        """Returns whether the file reproduces the golden probabilities."""
         return self.golden_difference <= self.tolerance
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Verification:
             f"{self.top1:.2%} of the file ({change:+.2f} points)\n"
             f"  golden pairs: largest difference {self.golden_difference:.2g}, tolerance "
             f"{self.tolerance:g}: {'passed' if self.passed() else 'FAILED'}\n"
-            f"  one image alone: {self.milliseconds:.2f} ms, median of {TIMED}"
+            f"  latency of one image: {self.milliseconds:.2f} ms, median of {TIMED}"
         )
 
 
@@ -118,21 +118,21 @@ def export(
     dtype: str = "float32",
     calibration: np.ndarray | None = None,
 ) -> Golden:
-    """Writes a network to a file, and what belongs to it beside.
+    """Writes a network to a file, with its golden pairs in OUTPUT.golden.npz.
 
     Args:
       pretrained: the network.
       file_format: of `FORMATS`.
       output: the file.
       dtype: one of the format's.
-      calibration: uint8 (N, S, S) in normal form, for int8.
+      calibration: uint8 (N, S, S), normalised images for int8.
 
     Returns:
-      What lies beside the file.
+      The golden pairs.
 
     Raises:
       InputError: this network cannot be exported.
-      FloatingPointError: the file's answers are not the network's; nothing was written.
+      FloatingPointError: the file's probabilities are not the network's; nothing was written.
     """
     model = trained_module(pretrained)
     layers = fold(model)
@@ -150,9 +150,10 @@ def export(
                 stablehlo_file.write(part, layers, image_px, dtype)
             case "safetensors":
                 safetensors_file.write(part, layers, description, dtype)
-        probabilities, reference = _open(part, file_format)(images), _reference(model)(images)
+        probabilities = _load(part, file_format)(images)
+        reference = _make_reference(model)(images)
         difference = np.abs(probabilities - reference).max()
-        # What fewer digits cost is for the user to judge, unless the answers are no numbers.
+        # The loss of lower precision is for the user to judge, unless the outputs are not finite.
         if not difference <= (TOLERANCES[dtype] if dtype == "float32" else 1.0):
             raise FloatingPointError(
                 f"{output}: not written: in {dtype} its probabilities differ from the checkpoint's "
@@ -168,37 +169,37 @@ def export(
 
 
 def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split) -> Verification:
-    """Returns how an exported file differs from the checkpoint it was made from.
+    """Compares an exported file with its checkpoint.
 
     Args:
       pretrained: the checkpoint's network.
       file_format: of the file, of `FORMATS`.
-      output: the file; its golden pairs lie beside it.
+      output: the file; its golden pairs are in the same folder.
       split: to compare on.
 
     Raises:
-      InputError: the file or its golden pairs are missing or damaged, or they, the checkpoint and
-        the split have different classes.
+      InputError: the file or its golden pairs are missing or damaged, or the classes of these, the
+        checkpoint and the split differ.
     """
     golden = read_golden(output)
     check_classes(golden.description["classes"], pretrained.classes, output)
     check_classes(pretrained.classes, split.classes, pretrained.source)
-    answer = _open(output, file_format)
-    reference = _reference(trained_module(pretrained))
-    ours, theirs = (_in_batches(function, split.images) for function in (answer, reference))
+    predict = _load(output, file_format)
+    reference = _make_reference(trained_module(pretrained))
+    ours, theirs = (_in_batches(function, split.images) for function in (predict, reference))
     return Verification(
         count=len(split.labels),
         difference=float(np.abs(ours - theirs).max()),
         top1=float((ours.argmax(1) == split.labels).mean()),
         reference_top1=float((theirs.argmax(1) == split.labels).mean()),
-        golden_difference=float(np.abs(answer(golden.images) - golden.probabilities).max()),
+        golden_difference=float(np.abs(predict(golden.images) - golden.probabilities).max()),
         tolerance=golden.description["tolerance"],
-        milliseconds=_latency(_open(output, file_format, threads=1), golden.images[:1]),
+        milliseconds=_latency(_load(output, file_format, threads=1), golden.images[:1]),
     )
 
 
 def describe(pretrained: Pretrained, dtype: str) -> dict[str, Any]:
-    """Returns what a program needs to know to use a network, as a JSON object."""
+    """Returns a JSON object with all that a program needs to use a network."""
     config = pretrained.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.network.params))
     return {
@@ -220,19 +221,21 @@ def describe(pretrained: Pretrained, dtype: str) -> dict[str, Any]:
 
 
 def golden_images(pretrained: Pretrained) -> np.ndarray:
-    """Returns uint8 (16, S, S): characters in normal form, always the same for the same classes."""
+    """Returns normalised characters, uint8 (16, S, S), the same for the same classes."""
     classes, data = pretrained.classes, pretrained.config.data
     writer, rng = create_writer(0), np.random.default_rng(0)
     rows = np.linspace(0, len(classes) - 1, GOLDEN_PAIRS).round().astype(int)
-    form = [data[key] for key in NORMAL_FORM]
-    return np.stack([normalize.normalize(draw(classes[row], writer, rng), *form) for row in rows])
+    normalization = [data[key] for key in NORMAL_FORM]
+    return np.stack(
+        [normalize.normalize(draw(classes[row], writer, rng), *normalization) for row in rows]
+    )
 
 
 def read_golden(output: Path) -> Golden:
-    """Returns what lies beside an exported file.
+    """Returns the golden pairs of an exported file.
 
     Raises:
-      InputError: nothing does, or it is damaged.
+      InputError: they are missing or damaged.
     """
     path = _golden_path(output)
     if not path.is_file():
@@ -249,55 +252,55 @@ def _golden_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.golden.npz")
 
 
-def _latency(answer: Answer, image: np.ndarray) -> float:
-    """Returns the median time of an answer to one image (1, S, S) in milliseconds."""
+def _latency(predict: Predict, image: np.ndarray) -> float:
+    """Returns the median latency of one image (1, S, S) in milliseconds."""
     seconds = []
     for _ in range(TIMED + WARM_UP):
         start = time.perf_counter()
-        answer(image)
+        predict(image)
         seconds.append(time.perf_counter() - start)
     return 1e3 * median(seconds[WARM_UP:])
 
 
-def _open(path: Path, file_format: str, threads: int = 0) -> Answer:
-    """Returns an exported file's network, in the runtime of its format.
+def _load(path: Path, file_format: str, threads: int = 0) -> Predict:
+    """Loads an exported file in the runtime of its format.
 
     Args:
       path: the file.
       file_format: of `FORMATS`.
-      threads: of ONNX Runtime and LiteRT; 0 for one a core.
+      threads: of ONNX Runtime and LiteRT; 0 for one per core.
     """
-    loaders: dict[str, Callable[[Path], Answer]] = {
+    loaders: dict[str, Callable[[Path], Predict]] = {
         "onnx": functools.partial(onnx_file.load, threads=threads),
         "litert": functools.partial(litert_file.load, threads=threads),
         "stablehlo": stablehlo_file.load,
         "safetensors": safetensors_file.load,
     }
     if not path.is_file():
-        raise InputError(f"--output={path}: no such file; without --verify it is written")
+        raise InputError(f"--output={path}: no such file; run without --verify to write it")
     try:
         return loaders[file_format](path)
     except Exception as error:  # each runtime has exceptions of its own
-        raise InputError(f"{path}: not a sound {file_format} file: {error}") from error
+        raise InputError(f"{path}: not a valid {file_format} file: {error}") from error
 
 
-def _reference(model: nnx.Module) -> Answer:
-    """Returns the checkpoint's network, each batch norm still by itself."""
+def _make_reference(model: nnx.Module) -> Predict:
+    """Returns the checkpoint's network, batch norms not folded."""
     apply, params, batch_stats = split_model(model)
 
     @jax.jit
-    def answer(params, batch_stats, images):
+    def predict(params, batch_stats, images):
         with jax.default_matmul_precision("highest"):
             logits, _ = apply(params, batch_stats, to_float(images)[..., None])
         return jax.nn.softmax(logits)
 
-    return lambda images: np.asarray(answer(params, batch_stats, images))
+    return lambda images: np.asarray(predict(params, batch_stats, images))
 
 
-def _in_batches(answer: Answer, images: np.ndarray) -> np.ndarray:
-    """Returns the answers to all images; a last batch is filled up, so that one program serves."""
+def _in_batches(predict: Predict, images: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of all images; the last batch is padded to full size."""
     parts = []
     for start in range(0, len(images), BATCH):
         rows = np.minimum(np.arange(start, start + BATCH), len(images) - 1)
-        parts.append(answer(images[rows]))
+        parts.append(predict(images[rows]))
     return np.concatenate(parts)[: len(images)]

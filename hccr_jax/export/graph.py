@@ -34,11 +34,11 @@ Convolve = Callable[[Any, np.ndarray, int, int], Any]
 
 
 def convolve(x: np.ndarray, weight: np.ndarray, stride: int, padding: int) -> np.ndarray:
-    """Returns a convolution, in NumPy.
+    """Returns a convolution, computed by NumPy.
 
     Args:
       x: (B, H, W, C).
-      weight: (K, K, C, C'), or (K, K, C) for one of each channel by itself.
+      weight: (K, K, C, C'), or (K, K, C) of a depthwise convolution.
       stride, padding: see `Layer`.
 
     >>> x = np.arange(9.0).reshape(1, 3, 3, 1)
@@ -60,8 +60,8 @@ def run(
     Args:
       layers: from `fold`.
       images: uint8 (B, S, S), ink high.
-      array: the module of the array functions, `numpy` or `jax.numpy`.
-      convolution: as `convolve`, for these arrays.
+      array: module of the array functions, `numpy` or `jax.numpy`.
+      convolution: like `convolve`, for arrays of that module.
     """
     dtype = next(layer.weight.dtype for layer in layers if layer.weight is not None)
     values = {INPUT: (images.astype(np.float32) / 255.0).astype(dtype)[..., None]}

@@ -1,7 +1,7 @@
-"""A network as a LiteRT flatbuffer (.tflite), for phones; written without TensorFlow.
+"""Writes a network to a LiteRT flatbuffer (.tflite), for phones, without TensorFlow.
 
 Input `images` uint8 (batch, S, S), ink high; outputs `logits` and `probabilities`, float32
-(batch, K), under these names in the signature "serving_default". Maps lie as (batch, H, W, C).
+(batch, K), under these names in the signature "serving_default". Maps are (batch, H, W, C).
 
 Source: the operators and their options are those of LiteRT's schema,
 https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs
@@ -18,9 +18,9 @@ from hccr_jax.models.folding import INPUT, Layer
 
 SIGNATURE = "serving_default"
 PRODUCER = "hccr_jax"
-ALIGNMENT = 16  # of every array in the file, in bytes, as the schema asks
+ALIGNMENT = 16  # of every array in the file, in bytes, as the schema requires
 _FUSED = {"": "NONE", "tanh": "NONE", "relu": "RELU", "relu6": "RELU6"}
-# The least version of an operator that has what is asked of it here, where it is not the first.
+# The lowest version of an operator that supports its use here, where it is not the first.
 _VERSIONS = {("DEQUANTIZE", "float16"): 3, ("DEQUANTIZE", "int8"): 5}
 
 
@@ -37,13 +37,13 @@ def write(
       path: of the file.
       layers: from `graph.fold`.
       image_px: side S of the images.
-      description: JSON object, in the metadata "hccr_jax".
-      dtype: of the weights: "float32", "float16", or "int8" with a scale for each of their output
-        channels; all arithmetic is in float32.
+      description: JSON object, stored in the metadata "hccr_jax".
+      dtype: of the weights: "float32", "float16", or "int8" with a scale per output channel; all
+        arithmetic is in float32.
     """
     import flatbuffers
 
-    model = _Building(dtype).build(layers, image_px, description)
+    model = _ModelBuilder(dtype).build(layers, image_px, description)
     builder = flatbuffers.Builder()
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(bytes(builder.Output()))
@@ -58,7 +58,7 @@ def load(path: Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     outputs = {row["name"]: row["index"] for row in interpreter.get_output_details()}
     shape: tuple[int, ...] = ()
 
-    def answer(batch: np.ndarray) -> np.ndarray:
+    def predict(batch: np.ndarray) -> np.ndarray:
         nonlocal shape
         if shape != batch.shape:
             interpreter.resize_tensor_input(images["index"], batch.shape)
@@ -68,11 +68,11 @@ def load(path: Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
         interpreter.invoke()
         return interpreter.get_tensor(outputs["probabilities"])
 
-    return answer
+    return predict
 
 
-class _Building:
-    """A model on its way; tensors are told by their numbers."""
+class _ModelBuilder:
+    """Builds a model; tensors are identified by their indices."""
 
     def __init__(self, dtype: str) -> None:
         from ai_edge_litert import schema_py_generated as schema
@@ -107,11 +107,11 @@ class _Building:
         signature.outputs = [
             self.named("logits", logits), self.named("probabilities", probabilities)
         ]  # fmt: skip
-        about = schema.MetadataT()
-        about.name = PRODUCER
-        about.buffer = self.buffer(json.dumps(description, ensure_ascii=False).encode())
+        metadata = schema.MetadataT()
+        metadata.name = PRODUCER
+        metadata.buffer = self.buffer(json.dumps(description, ensure_ascii=False).encode())
         model.version, model.description = 3, PRODUCER
-        model.subgraphs, model.signatureDefs, model.metadata = [graph], [signature], [about]
+        model.subgraphs, model.signatureDefs, model.metadata = [graph], [signature], [metadata]
         return model
 
     def layer(self, layer: Layer, inputs: list[int]) -> int:
@@ -152,7 +152,7 @@ class _Building:
         assert layer.weight is not None
         schema, is_depthwise = self.schema, layer.kind == "depthwise"
         kernel, channels = len(layer.weight), layer.weight.shape[-1]
-        # "SAME" pads evenly, as we do, only where the stride is 1.
+        # "SAME" pads symmetrically, as here, only where the stride is 1.
         is_same = layer.stride == 1 and 2 * layer.padding == kernel - 1
         if not is_same:
             x = self.pad(name, x, layer.padding)
@@ -187,7 +187,7 @@ class _Building:
         return self.put(op, name, [x], (rows, columns, channels), Pool2DOptions=options)
 
     def pad(self, name: str, x: int, padding: int) -> int:
-        """Adds a border of zeros, which a maximum of what a ReLU gave does not see."""
+        """Adds a border of zeros, which does not change a maximum of ReLU outputs."""
         if not padding:
             return x
         height, width, channels = self.shape(x)
@@ -202,7 +202,7 @@ class _Building:
         return self.put("RESHAPE", name, [x, wanted], shape, ReshapeOptions=options)
 
     def fused(self, options: Any, layer: Layer) -> Any:
-        """Gives an operator's options the activation of a layer."""
+        """Sets the activation in an operator's options, and returns them."""
         kinds = self.schema.ActivationFunctionType
         options.fusedActivationFunction = getattr(kinds, _FUSED[layer.activation])
         return options
@@ -212,7 +212,7 @@ class _Building:
         return self.constant(f"{layer.name}.bias", layer.bias)
 
     def weight(self, name: str, value: np.ndarray, axis: int) -> int:
-        """Adds a weight, stored in `dtype`; `axis` is that of its output channels."""
+        """Adds a weight, stored in `dtype`; `axis` is the axis of its output channels."""
         if self.dtype == "float32":
             return self.constant(name, value)
         stored = f"{name}.{self.dtype}"

@@ -1,4 +1,4 @@
-"""A network as its weights alone, with a list of its layers: to build it in any framework."""
+"""Writes a network's weights and a list of its layers, to build it in any framework."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ ARRAYS = ("weight", "bias")
 def write(
     path: Path, layers: Sequence[Layer], description: dict[str, Any], dtype: str = "float32"
 ) -> None:
-    """Writes a network's weights to a file of safetensors.
+    """Writes a network's weights to a safetensors file.
 
     Args:
       path: of the file.
@@ -46,7 +46,7 @@ def write(
 def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a file's network: uint8 (B, S, S) to probabilities (B, K).
 
-    It runs in NumPy, in float32 whatever the weights' dtype.
+    It runs in NumPy, in float32 for any dtype of the weights.
     """
     from safetensors import safe_open
 

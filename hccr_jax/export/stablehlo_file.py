@@ -1,7 +1,7 @@
-"""A network as StableHLO, serialised by `jax.export`, for CPUs and NVIDIA GPUs.
+"""Writes a network as StableHLO, serialised by `jax.export`, for CPUs and NVIDIA GPUs.
 
 The file's function takes uint8 images (B, S, S), ink high, for any B, and returns logits and
-probabilities, float32 (B, K). It holds none of the custom kernels of `hccr_jax.ops`.
+probabilities, float32 (B, K). It contains no custom kernels of `hccr_jax.ops`.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def _cast(layer: Layer, dtype: np.dtype) -> Layer:
 
 def _convolve(x: jax.Array, weight: np.ndarray, stride: int, padding: int) -> jax.Array:
     if weight.ndim == 3:
-        # XLA's grouped convolution is many times slower on a CPU; the file holds both forms.
+        # XLA's grouped convolution is many times slower on a CPU; the file contains both.
         shifted = functools.partial(shifted_sum, stride=stride)
         grouped = functools.partial(grouped_conv, stride=stride)
         return lax.platform_dependent(x, jnp.asarray(weight), cpu=shifted, default=grouped)

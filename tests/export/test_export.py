@@ -1,4 +1,4 @@
-"""Exported files give the network's own answers, in runtimes that know nothing of it."""
+"""Exported files reproduce the network in runtimes that do not depend on this package."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ NETWORKS = {
 
 @functools.cache
 def random_network(name: str, num_classes: int = CLASSES) -> nnx.Module:
-    """Returns a network whose batch norms have statistics, scales and offsets at random."""
+    """Returns a network with random batch-norm statistics, scales and offsets."""
     model = create_model(
         name.partition(",")[0], num_classes=num_classes, image_px=SIDE, rngs=nnx.Rngs(0),
         **NETWORKS[name],
@@ -61,7 +61,7 @@ def random_network(name: str, num_classes: int = CLASSES) -> nnx.Module:
 
 @functools.cache
 def logits_of(model: nnx.Module) -> np.ndarray:
-    """Returns what a network says of `IMAGES`."""
+    """Returns a network's logits for `IMAGES`."""
     return np.asarray(jax.jit(model)((IMAGES / np.float32(255))[..., None]))
 
 
@@ -76,7 +76,7 @@ def pretrained(finished: Path) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def exported(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a file of StableHLO; its golden pairs lie beside it."""
+    """Returns a StableHLO file, with its golden pairs in the same folder."""
     path = tmp_path_factory.mktemp("exported") / "a"
     exporter.export(pretrained, "stablehlo", path)
     return path
@@ -91,14 +91,14 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_folded_form_is_the_network(name: str) -> None:
+def test_folded_layers_compute_the_network(name: str) -> None:
     expected = logits_of(random_network(name))
     assert expected.std() > 0.01
     found = graph.run(graph.fold(random_network(name)), IMAGES)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_layers_is_refused() -> None:
+def test_a_network_without_a_fold_method_is_refused() -> None:
     mqdf = create_model("mqdf", num_classes=CLASSES, image_px=SIDE, rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match="MQDF: cannot be exported"):
         graph.fold(mqdf)
@@ -146,7 +146,7 @@ def test_the_onnx_graph_has_native_depthwise_convolutions(
     assert {p.key: json.loads(p.value) for p in model.metadata_props} == {"hccr_jax": description}
 
 
-def test_float16_onnx_keeps_its_inputs_and_outputs(tmp_path: Path) -> None:
+def test_float16_onnx_has_float32_outputs(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = random_network("mobilenet_v2")
@@ -158,7 +158,7 @@ def test_float16_onnx_keeps_its_inputs_and_outputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, probabilities_of(model), atol=5e-3)
 
 
-def test_int8_onnx_is_small_and_near(tmp_path: Path) -> None:
+def test_int8_onnx_is_small_and_accurate(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     model = random_network("mobilenet_v1", num_classes=3755)
@@ -190,12 +190,12 @@ def test_litert_computes_the_network_for_any_batch(name: str, tmp_path: Path) ->
     for dtype, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1e-2)):
         path = tmp_path / f"{dtype}.tflite"
         litert_file.write(path, graph.fold(random_network(name)), SIDE, {}, dtype)
-        answer = litert_file.load(path, threads=1)
+        predict = litert_file.load(path, threads=1)
         for count in (1, 7, 1):
-            np.testing.assert_allclose(answer(IMAGES[:count]), expected[:count], atol=tolerance)
+            np.testing.assert_allclose(predict(IMAGES[:count]), expected[:count], atol=tolerance)
 
 
-def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
+def test_a_litert_file_follows_its_schema(tmp_path: Path) -> None:
     schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
     path, layers = tmp_path / "a.tflite", graph.fold(random_network("mobilenet_v2"))
     litert_file.write(path, layers, SIDE, {"classes": ["啊", "阿"]}, "int8")
@@ -208,8 +208,8 @@ def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
     assert {name: tensor.shapeSignature.tolist() for name, tensor in named.items()} == {
         b"logits": [-1, CLASSES], b"probabilities": [-1, CLASSES]
     }  # fmt: skip
-    (about,) = model.metadata
-    text = bytes(model.buffers[about.buffer].data).decode()
+    (metadata,) = model.metadata
+    text = bytes(model.buffers[metadata.buffer].data).decode()
     assert json.loads(text) == {"classes": ["啊", "阿"]}
     kinds = [
         model.operatorCodes[operator.opcodeIndex].builtinCode for operator in subgraph.operators
@@ -236,25 +236,25 @@ def test_a_litert_file_is_as_its_schema_asks(tmp_path: Path) -> None:
             assert (np.abs(found - expected) <= scale.reshape(shape) * 0.501).all()
 
 
-def test_stablehlo_goes_round(tmp_path: Path) -> None:
+def test_stablehlo_round_trip(tmp_path: Path) -> None:
     model = random_network("mobilenet_v2")
     stablehlo_file.write(tmp_path / "a.stablehlo", graph.fold(model), SIDE)
-    answer = stablehlo_file.load(tmp_path / "a.stablehlo")
+    predict = stablehlo_file.load(tmp_path / "a.stablehlo")
     for count in (1, 7):
         expected = probabilities_of(model)[:count]
-        np.testing.assert_allclose(answer(IMAGES[:count]), expected, atol=1e-5)
+        np.testing.assert_allclose(predict(IMAGES[:count]), expected, atol=1e-5)
     exported = jax.export.deserialize(bytearray((tmp_path / "a.stablehlo").read_bytes()))
     assert exported.platforms == ("cpu", "cuda")
     calls = re.findall(r"custom_call @(\w+)", exported.mlir_module())
     assert set(calls) == {"shape_assertion"}, "no kernels of ours, only the check of the batch"
 
 
-def test_safetensors_hold_all_that_numpy_needs(tmp_path: Path) -> None:
+def test_safetensors_hold_all_weights_and_layers(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     model = random_network("mobilenet_v2")
     layers = graph.fold(model)
     safetensors_file.write(tmp_path / "a.safetensors", layers, {"step": 7})
-    # The format by hand: the header's length, the header, the arrays.
+    # The format, parsed by hand: the header's length, the header, the arrays.
     data = (tmp_path / "a.safetensors").read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -301,16 +301,14 @@ def test_a_run_is_exported_and_verified(
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_what_lies_beside_the_file_tells_how_to_use_it(
-    pretrained: Pretrained, exported: Path
-) -> None:
+def test_the_golden_file_describes_the_network(pretrained: Pretrained, exported: Path) -> None:
     golden = exporter.read_golden(exported)
-    about = golden.description
-    assert "".join(about["classes"]) == "丁七三上万下一丈"
-    assert about["step"] == pretrained.step
-    assert about["model"]["name"] == "mobilenet_v1"
+    metadata = golden.description
+    assert "".join(metadata["classes"]) == "丁七三上万下一丈"
+    assert metadata["step"] == pretrained.step
+    assert metadata["model"]["name"] == "mobilenet_v1"
     form = {"image_px": 32, "margin_px": 2, "aspect": "keep"}
-    assert form.items() <= about["preprocessing"].items()
+    assert form.items() <= metadata["preprocessing"].items()
     assert golden.images.shape == (16, 32, 32)
     assert golden.images.dtype == np.uint8
     assert golden.images[:, 0].max() == 0, "the margin is paper"
@@ -321,7 +319,7 @@ def test_what_lies_beside_the_file_tells_how_to_use_it(
     np.testing.assert_allclose(golden.probabilities, expected, atol=1e-4)
 
 
-def test_a_file_that_misses_its_golden_answers_fails(
+def test_a_file_that_differs_from_its_golden_probabilities_fails(
     pretrained: Pretrained, finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     golden = exporter.read_golden(copy)
@@ -335,7 +333,7 @@ def test_a_file_that_misses_its_golden_answers_fails(
     assert "FAILED" in out
     split = load(pretrained.config, "test")
     verification = exporter.verify(pretrained, "stablehlo", copy, split)
-    assert verification.difference < 1e-4, "of the split the answers are right"
+    assert verification.difference < 1e-4, "the file itself is right"
     assert verification.top1 == verification.reference_top1
     expected = np.abs(moved - golden.probabilities).max()
     assert verification.golden_difference == pytest.approx(expected, abs=1e-4)
@@ -372,7 +370,7 @@ def test_a_network_too_large_for_float16_is_not_written(
         (["more"], "unexpected argument 'more'"),
     ],
 )
-def test_a_wrong_request_is_told_in_one_line(
+def test_a_wrong_request_is_one_line_on_stderr(
     flags: list[str],
     message: str,
     finished: Path,
@@ -386,14 +384,14 @@ def test_a_wrong_request_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_is_told_in_one_line(
+def test_a_damaged_file_is_one_line_on_stderr(
     finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy.write_bytes(copy.read_bytes()[:1000])
     flags = [f"--checkpoint={finished}", "--format=stablehlo", f"--output={copy}", "--verify"]
     code, out, err = run(capsys, *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"{copy}: not a sound stablehlo file" in err
+    assert f"{copy}: not a valid stablehlo file" in err
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
