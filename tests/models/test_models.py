@@ -1,6 +1,8 @@
 """The networks against published counts, the paper's cost formula and their contracts."""
 
 import contextlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,7 @@ def test_sizes_are_the_published_ones(name, num_classes, channels, image_px, par
 
 
 @pytest.mark.parametrize(("name", "millions"), [("mobilenet_v1", 187), ("mobilenet_v2", 100)])
-def test_strides_of_one_enlarge_the_maps_and_leave_the_weights(name, millions):
+def test_strides_of_one_double_the_maps_and_keep_the_weights(name, millions):
     def build(**strides):
         network = create_model(name, num_classes=3755, rngs=nnx.Rngs(0), **strides)
         weights = jax.tree.map(jnp.shape, split_model(network)[1:])
@@ -229,7 +231,7 @@ def cost_of(layer, shape: tuple[int, ...]) -> int:
 @pytest.mark.parametrize(("block", "inner", "shortcut"), [
     (BasicBlock, 8, True), (BasicBlock, 16, False), (Bottleneck, 2, True), (Bottleneck, 8, False)
 ])  # fmt: skip
-def test_a_silenced_residual_block_is_its_shortcut(block, inner, shortcut):
+def test_a_residual_block_of_scale_zero_is_its_shortcut(block, inner, shortcut):
     built = make_block(block, 8, inner, 1)
     built.last.norm.scale[...] = jnp.zeros(built.last.norm.scale.shape)
     x = normal(2, 4, 4, 8)
@@ -238,7 +240,7 @@ def test_a_silenced_residual_block_is_its_shortcut(block, inner, shortcut):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_separable_block_costs_what_section_3_2_says(stride):
+def test_a_separable_block_has_the_cost_of_section_3_2(stride):
     inputs, outputs, kernel = 24, 56, 3
     before = make_block(ConvNorm, 1, inputs, 1)
     block = make_block(DepthwiseSeparable, inputs, outputs, stride)
@@ -251,7 +253,7 @@ def test_a_separable_block_costs_what_section_3_2_says(stride):
     assert cost_of(both, (1, 12, 16, 1)) == 12 * 16 * inputs + expected
 
 
-def test_an_inverted_residual_costs_what_its_three_layers_do():
+def test_an_inverted_residual_has_the_cost_of_its_three_layers():
     block = make_block(InvertedResidual, 16, 24, 2, 6)
     expand, depthwise, project = 10 * 10 * 16 * 96, 5 * 5 * 9 * 96, 5 * 5 * 96 * 24
     assert cost_of(block, (1, 10, 10, 16)) == expand + depthwise + project
@@ -260,7 +262,7 @@ def test_an_inverted_residual_costs_what_its_three_layers_do():
 @pytest.mark.parametrize(("stride", "channels_out", "shortcut"), [
     (1, 16, True), (1, 24, False), (2, 16, False)
 ])  # fmt: skip
-def test_a_silenced_inverted_residual_is_its_shortcut(stride, channels_out, shortcut):
+def test_an_inverted_residual_of_scale_zero_is_its_shortcut(stride, channels_out, shortcut):
     block = make_block(InvertedResidual, 16, channels_out, stride, 2)
     block.project.norm.scale[...] = jnp.zeros(channels_out)
     x = normal(2, 6, 6, 16)
@@ -270,7 +272,7 @@ def test_a_silenced_inverted_residual_is_its_shortcut(stride, channels_out, shor
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("channels_out", [24, 16])
-def test_a_first_block_gives_the_same_with_the_stem_as_after_it(channels_out, train):
+def test_a_first_block_fused_with_the_stem_is_the_composition(channels_out, train):
     stem, first = (
         make_block(ConvNorm, 3, 16, 3, 2),
         make_block(InvertedResidual, 16, channels_out, 1, 1),
@@ -286,9 +288,9 @@ def test_a_first_block_gives_the_same_with_the_stem_as_after_it(channels_out, tr
 ])  # fmt: skip
 @pytest.mark.parametrize("height", [9, 3])  # the lower ones are smaller than some filters
 @pytest.mark.parametrize("padding", [None, 0])
-def test_conv_is_a_convolution_on_each_of_its_ways(channels, kernel, stride, height, padding):
+def test_conv_is_a_convolution_in_each_implementation(channels, kernel, stride, height, padding):
     if padding == 0 and kernel > height:
-        pytest.skip("no place for the filter")
+        pytest.skip("the filter is larger than the map")
     conv = Conv(channels, 6, kernel, stride, padding=padding, rngs=nnx.Rngs(0))
     x = normal(2, height, 7, channels)
     border = kernel // 2 if padding is None else padding
@@ -344,7 +346,7 @@ def test_a_block_in_bfloat16_rounds_to_8_bits():
     assert 2**-10 < error < 2**-6
 
 
-def test_batch_norm_leaves_the_batchs_statistics_in_training_and_uses_the_stored_ones_after():
+def test_batch_norm_stores_batch_statistics_in_training_and_uses_them_afterwards():
     norm = BatchNorm(16, relu6=False, epsilon=0.0)
     x = 3 * normal(8, 5, 5, 16) + 2
     y = norm(x, True, None)
@@ -374,6 +376,11 @@ def test_scaled_channels_obeys_its_three_rules(channels):
         assert scaled % 8 == 0
         assert scaled >= max(8, 0.9 * channels * width)
         assert scaled <= max(8, channels * width + 8)
+
+
+def test_names_are_known_without_importing_jax():
+    code = "import sys, hccr_jax.models.registry; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_unknown_network_is_refused():

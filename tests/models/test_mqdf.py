@@ -61,7 +61,7 @@ def test_directions_add_up_to_the_sobel_gradient() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 40])
-def test_features_are_those_of_a_reference_in_float64(size: int) -> None:
+def test_features_agree_with_a_float64_reference(size: int) -> None:
     images = blobs(2, size)
     deviation = math.sqrt(2) * (size / GRID) / math.pi  # Liu et al., 2004
     expected = []
@@ -117,7 +117,7 @@ def resampling(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [32, 40])
-def test_density_is_equalized_as_by_a_reference_in_float64(size: int) -> None:
+def test_density_equalization_agrees_with_a_float64_reference(size: int) -> None:
     images = blobs(4, size)
     images[0, :, : size // 3] = 0.0
     images[1, -size // 3 :] = 0.0
@@ -130,7 +130,7 @@ def test_density_is_equalized_as_by_a_reference_in_float64(size: int) -> None:
     assert np.abs(np.array(expected) - images).max() > 0.2, "something is moved"
 
 
-def test_crowded_strokes_get_half_of_the_room_and_their_share_of_the_other() -> None:
+def test_crowded_strokes_get_room_in_proportion_to_their_edges() -> None:
     image = np.zeros((96, 96), np.float32)
     for start in range(10, 40, 6):  # five strokes in the upper half of the box, one in the lower
         image[start : start + 2, 8:88] = 1.0
@@ -210,7 +210,7 @@ def test_discriminant_is_the_log_density_of_its_gaussian(eigenvectors: int) -> N
     np.testing.assert_allclose(discriminant(params, x), 2 * (densities + constant), atol=2e-4)
 
 
-def test_fitted_discriminant_has_each_classs_own_moments() -> None:
+def test_fitted_discriminant_has_the_moments_of_each_class() -> None:
     x, labels = gaussians(40, 5)
     groups = fit_mqdf.class_rows(labels, CLASSES)
     fitted = fit_mqdf.fit_discriminant(x, *groups, 3, jnp.float32(0.05))
@@ -227,7 +227,7 @@ def test_fitted_discriminant_has_each_classs_own_moments() -> None:
         np.testing.assert_allclose(np.maximum(along, 0.05), variances, rtol=1e-4)
 
 
-def test_a_class_without_a_sample_and_small_variances_do_no_harm() -> None:
+def test_empty_classes_and_small_variances_stay_finite() -> None:
     x, labels = gaussians(4, 5)  # fewer samples than dimensions
     fitted = fit_mqdf.fit_discriminant(
         x, *fit_mqdf.class_rows(labels, CLASSES + 1), 5, jnp.float32(0.3)
@@ -236,7 +236,7 @@ def test_a_class_without_a_sample_and_small_variances_do_no_harm() -> None:
     assert np.isfinite(discriminant(fitted, x)).all()
 
 
-def test_errors_are_as_rare_as_the_bayes_rule_says() -> None:
+def test_error_rate_is_the_bayes_error() -> None:
     # Two spherical Gaussians at distance 2: the best rule errs in Φ(−1) of all cases.
     rng = np.random.default_rng(3)
     labels = np.repeat([0, 1], 20_000)
@@ -248,7 +248,7 @@ def test_errors_are_as_rare_as_the_bayes_rule_says() -> None:
     assert wrong == pytest.approx(scipy.stats.norm.cdf(-1), abs=0.006)
 
 
-def test_scale_makes_the_probabilities_true() -> None:
+def test_scale_calibrates_the_probabilities() -> None:
     logits = 4 * noise(20_000, 5).astype(np.float32)
     draws = np.random.default_rng(1).gumbel(size=logits.shape)
     labels = (0.25 * logits + draws).argmax(1)  # drawn from softmax(logits / 4)
@@ -290,7 +290,7 @@ def test_few_classes_and_several_channels() -> None:
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_fit_by_the_command_line_and_evaluate_again(tiny_job: list[str], tmp_path: Path) -> None:
+def test_fit_from_the_command_line_and_evaluate_again(tiny_job: list[str], tmp_path: Path) -> None:
     flags = [
         *(flag for flag in tiny_job if "augment." not in flag and "num_steps" not in flag),
         "--config.model.name=mqdf",
