@@ -89,7 +89,7 @@ class _GraphBuilder:
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(bias)])
             for name in ("logits", "probabilities")
         ]
-        shape = ["batch", image_px, image_px]
+        shape: list[str | int | None] = ["batch", image_px, image_px]
         images = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape)
         tensors = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
         return helper.make_model(
