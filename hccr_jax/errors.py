@@ -1,4 +1,6 @@
-"""The one exception that means: the request or its input was wrong, and here is what to do."""
+"""The exception for wrong requests and wrong input, and the wording of its messages."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -6,3 +8,13 @@ class InputError(ValueError):
 
     Command lines print it on stderr and exit with code 2, without a traceback.
     """
+
+
+def shorten(items: Sequence[str], separator: str = "; ", limit: int = 10) -> str:
+    """Returns the first items and the number of the others, on one line.
+
+    >>> shorten(["a", "b", "c"], ", ", limit=2)
+    'a, b, 1 more'
+    """
+    more = len(items) - limit
+    return separator.join([*items[:limit], *([f"{more:,} more"] if more > 0 else [])])

@@ -10,7 +10,7 @@ from hccr_jax.data.splits import Split, join_splits, load_split
 
 
 def dataset_name(config: ConfigDict) -> str:
-    """Returns the data set's name, making the embedded one where it is asked for."""
+    """Returns the data set's name; makes the synthetic one if it is selected."""
     data = config.data
     return (
         prepare_synthetic(data.data_dir, **data.synthetic)
@@ -26,7 +26,7 @@ def load(config: ConfigDict, split: str) -> Split:
 
 
 def load_training(config: ConfigDict) -> Split:
-    """Returns the training split, with the wrong labels and the simulated writers asked for."""
+    """Returns the training split, with label noise and simulated writers as configured."""
     data = config.data
     train = load(config, data.train_split)
     if data.label_noise > 0.0:

@@ -1,4 +1,4 @@
-"""Wrong labels on purpose, to measure how training bears them."""
+"""Label noise: deliberately wrong labels, to measure the robustness of training."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Own data: pictures named by character, in folders or listed in a CSV file, and charset files."""
+"""Labelled pictures, in folders named by character or listed in a CSV file; charset files."""
 
 import collections
 import csv
@@ -14,24 +14,25 @@ from typing import NamedTuple
 import numpy as np
 
 from hccr_jax.data.casia import charset
-from hccr_jax.data.casia.archives import Member, OnFault, set_aside
+from hccr_jax.data.casia.archives import Member
+from hccr_jax.data.casia.divisions import hold_out
+from hccr_jax.data.casia.gnt import OnFault
 from hccr_jax.data.images import ink
 from hccr_jax.data.images.files import open_pictures
-from hccr_jax.errors import InputError
+from hccr_jax.errors import InputError, shorten
 
 UNKNOWN_WRITER = "unknown"
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"training": "train", "val": "validation", "valid": "validation"}
 _COLUMNS = ("path", "character", "writer", "split")
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-# U+4E00 and u4e00; #U4e00 is what unzip makes of a name that it cannot write.
+# U+4E00 and u4e00; unzip writes #U4e00 for a name that it cannot encode.
 _CODE = re.compile("#?[Uu][+]?([0-9A-Fa-f]{4,6})")
-_SHOWN_FAULTS = 10
 _CHARSETS = {"level1": charset.level1, "chinese": charset.chinese}
 
 
 class _Picture(NamedTuple):
-    """A picture's name below the root, what it shows, who wrote it, its split ("" if not told)."""
+    """A picture's path below the root, its label, its writer and split ("" if not given)."""
 
     name: str
     character: str
@@ -40,7 +41,7 @@ class _Picture(NamedTuple):
 
 
 class _Labelled(NamedTuple):
-    """A picture and its content: `digest` is of the bytes."""
+    """A picture with size and checksums of its file; `digest` is SHA-256."""
 
     picture: _Picture
     num_bytes: int
@@ -51,22 +52,22 @@ class _Labelled(NamedTuple):
 def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list[Member]:
     """Returns the pictures of a folder or of a CSV file, each with its character and its split.
 
-    In a folder, a picture (PNG or JPEG) shows the character that its own folder is named by: 永,
-    U+6C38 or u6c38. Folders train, validation and test above it tell the split. A CSV file has the
-    columns path (from the file's folder) and character, and may have writer and split.
+    In a folder, a picture (PNG or JPEG) is labelled by the name of its own folder: 永, U+6C38 or
+    u6c38. Folders train, validation and test above it give the split. A CSV file has the columns
+    path (relative to the file's folder) and character, and may have writer and split.
 
-    Where no split is told, about a tenth is for the test and a tenth for validation: of the writers
-    if there are three at least and each picture has one, else of the pictures of each character.
-    Where only validation is not told, it comes out of train in the same way. What is chosen depends
-    on hashes of the writers' names, or of the pictures' bytes, so that it is the same each time.
+    Without splits, about a tenth is held out for the test and a tenth for validation: of the
+    writers if there are at least three and each picture has one, else of the pictures of each
+    character. If only validation is missing, it comes out of train in the same way. The selection
+    is by hashes of the writers' names or of the pictures' bytes, so it is reproducible.
 
     Args:
       path: the folder, or the CSV file.
-      faults: gets a line for each picture that cannot be used.
+      faults: gets a line for each unusable picture.
       on_skip: called with (reason, bytes) for a file that is no picture.
 
     Raises:
-      InputError: there is nothing to read, columns are wrong, or some splits are told and some not.
+      InputError: there is nothing to read, columns are wrong, or only some pictures have a split.
     """
     path = Path(path).absolute()
     if path.is_dir():
@@ -77,9 +78,9 @@ def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list
         raise InputError(f"{path}: no such folder or CSV file")
     labelled = _read(root, found, faults)
     if not labelled:
-        told = f": {tell(faults)}" if faults else ""
+        reasons = f": {shorten(faults)}" if faults else ""
         raise InputError(
-            f"{path}: no picture that can be used{told}; PNG or JPEG files are needed, in folders "
+            f"{path}: no usable picture{reasons}; PNG or JPEG files are needed, in folders "
             f"named by their character"
         )
     members = [
@@ -101,7 +102,7 @@ def read_bitmap(member: Member) -> np.ndarray:
     """Returns the bitmap of a picture, uint8 (H, W): dark ink on paper of 255, cropped.
 
     Raises:
-      InputError: it is damaged, no picture, or there is no ink.
+      InputError: the file is damaged, no picture, or without ink.
     """
     file = member.path / member.name
     picture = next(open_pictures(file))
@@ -114,36 +115,35 @@ def read_charset(argument: str) -> tuple[str, ...]:
     """Returns a list of characters.
 
     Args:
-      argument: level1, chinese, or a text file of characters (UTF-8), one a line or all in one;
-        blanks do not count.
+      argument: level1, chinese, or a text file of characters (UTF-8), with or without line breaks
+        and blanks.
 
     Raises:
-      InputError: there is no such file, or it holds a character twice or something that is none.
+      InputError: there is no such file, or it has a character twice or one that is not allowed.
     """
     if argument in _CHARSETS:
         return _CHARSETS[argument]()
     try:
         text = Path(argument).expanduser().read_text("utf-8-sig")
     except OSError as error:
-        words = ", ".join(_CHARSETS)
-        raise InputError(
-            f"--charset={argument}: {error.strerror}: give {words} or a file"
-        ) from error
+        names = ", ".join(_CHARSETS)
+        message = f"--charset={argument}: {error.strerror}: give {names} or a file"
+        raise InputError(message) from error
     except UnicodeDecodeError as error:
         raise InputError(f"--charset={argument}: not UTF-8: save it as UTF-8") from error
     characters = "".join(text.split())
     twice = [c for c, count in collections.Counter(characters).items() if count > 1]
     wrong = [f"U+{ord(c):04X}" for c in dict.fromkeys(characters) if not _is_character(c)]
-    for reason, those in (("more than once", twice), ("no characters", wrong)):
-        if those:
-            raise InputError(f"--charset={argument}: {reason}: {tell(those, ', ')}")
+    for reason, found in (("more than once", twice), ("no characters", wrong)):
+        if found:
+            raise InputError(f"--charset={argument}: {reason}: {shorten(found, ', ')}")
     if len(characters) < 2:
-        raise InputError(f"--charset={argument}: two characters at least are needed")
+        raise InputError(f"--charset={argument}: at least two characters are needed")
     return tuple(characters)
 
 
 def parse_character(name: str) -> str | None:
-    """Returns the character that a name stands for, or None.
+    """Returns the character that a name denotes, or None.
 
     >>> [parse_character(name) for name in ("永", "U+6C38", "#U6c38", "A", "ab", "U+D800", "")]
     ['永', '永', '永', 'A', None, None, None]
@@ -151,32 +151,24 @@ def parse_character(name: str) -> str | None:
     if code := _CODE.fullmatch(name):
         name = chr(int(code[1], 16)) if int(code[1], 16) < 0x110000 else ""
     elif len(name) > 1:
-        name = unicodedata.normalize("NFC", name)  # macOS takes が apart
+        name = unicodedata.normalize("NFC", name)  # macOS decomposes が
     return name if len(name) == 1 and _is_character(name) else None
 
 
 def check_faults(faults: Sequence[str]) -> None:
-    """Checks that every picture could be used.
+    """Checks that no picture was unusable.
 
     Raises:
-      InputError: names those that could not.
+      InputError: names the unusable ones.
     """
     if faults:
         raise InputError(
-            f"pictures that cannot be used: {len(faults):,}: {tell(faults)}; --on_error=skip goes "
-            f"on without them"
+            f"unusable pictures: {len(faults):,}: {shorten(faults)}; --on_error=skip skips them"
         )
 
 
-def tell(lines: Sequence[str], separator: str = "; ") -> str:
-    """Returns the first lines and how many more there are, on one line."""
-    more = len(lines) - _SHOWN_FAULTS
-    rest = [f"{more:,} more"] if more > 0 else []
-    return separator.join([*lines[:_SHOWN_FAULTS], *rest])
-
-
 def _is_character(character: str) -> bool:
-    """Tells letters, numbers, marks and symbols from controls, blanks and what is not assigned."""
+    """Returns whether it is a letter, number, mark or symbol: no control, blank or unassigned."""
     return unicodedata.category(character)[0] in "LNPSM"
 
 
@@ -189,7 +181,7 @@ def _walk(root: Path, faults: list[str], on_skip: OnFault) -> Iterator[_Picture]
         place = Path(folder)
         parts = place.relative_to(root).parts
         character = parse_character(parts[-1]) if parts else None
-        told = [_split(part) for part in parts[:-1]]
+        split = next(filter(None, map(_split, parts[:-1])), "")
         for name in sorted(files):
             file = place / name
             if Path(name).suffix.lower() not in _SUFFIXES or name.startswith("."):
@@ -197,7 +189,6 @@ def _walk(root: Path, faults: list[str], on_skip: OnFault) -> Iterator[_Picture]
             elif character is None:
                 faults.append(f"{file}: its folder is not named by a character")
             else:
-                split = next(filter(None, told), "")
                 yield _Picture(str(file.relative_to(root)), character, "", split)
 
 
@@ -211,12 +202,12 @@ def _read_csv(path: Path, faults: list[str]) -> Iterator[_Picture]:
             if wrong or len(set(names)) < len(names):
                 raise InputError(
                     f"{path}: its first line names the columns {', '.join(names) or '(none)'}: "
-                    f"path and character are needed, writer and split are possible, nothing else"
+                    f"path and character are needed, writer and split are optional, no others"
                 )
             for row in rows:
                 yield from _picture_of_row(f"{path}, line {rows.line_num}", row, faults)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no CSV file in UTF-8: {error}") from error
+        raise InputError(f"{path}: not a CSV file in UTF-8: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -226,24 +217,24 @@ def _picture_of_row(place: str, row: dict[str, str], faults: list[str]) -> Itera
         faults.append(f"{place}: not as many values as columns")
         return
     values = {key: value.strip() for key, value in row.items()}
-    character, told = parse_character(values["character"]), values.get("split", "")
+    character, split = parse_character(values["character"]), values.get("split", "")
     if character is None:
         faults.append(f"{place}: {values['character']!r} is no character")
-    elif told and not _split(told):
-        faults.append(f"{place}: split {told!r}: use {', '.join(SPLITS)}")
+    elif split and not _split(split):
+        faults.append(f"{place}: split {split!r}: use {', '.join(SPLITS)}")
     else:
-        yield _Picture(values["path"], character, values.get("writer", ""), _split(told))
+        yield _Picture(values["path"], character, values.get("writer", ""), _split(split))
 
 
 def _split(name: str) -> str:
-    """Returns the split that a name stands for, "" if none."""
+    """Returns the split that a name denotes, "" if none."""
     name = name.lower()
     name = _SPLIT_NAMES.get(name, name)
     return name if name in SPLITS else ""
 
 
 def _read(root: Path, pictures: Iterator[_Picture], faults: list[str]) -> list[_Labelled]:
-    """Returns those pictures that can be read and mean one character, each once."""
+    """Returns the readable pictures of one label, each once."""
     first: dict[str, _Picture] = {}
     names: set[str] = set()
     labelled = []
@@ -260,7 +251,7 @@ def _read(root: Path, pictures: Iterator[_Picture], faults: list[str]) -> list[_
             faults.append(f"{root / picture.name}: listed twice")
         elif same.character != picture.character:
             faults.append(
-                f"{root / picture.name}: the same picture as {same.name}, which is to be "
+                f"{root / picture.name}: the same picture as {same.name}, which is labelled "
                 f"{same.character} and not {picture.character}"
             )
         else:
@@ -274,17 +265,17 @@ def _divide(labelled: Sequence[_Labelled]) -> list[str]:
     splits = [entry.picture.split for entry in labelled]
     if any(splits) and not all(splits):
         name = labelled[splits.index("")].picture.name
-        raise InputError(f"{name}: its split is not told, those of others are: tell all or none")
+        raise InputError(f"{name}: has no split, others have: give all or none")
     if not any(splits):
         splits = ["train"] * len(labelled)
-        _set_aside("test", labelled, splits)
+        _hold_out("test", labelled, splits)
     if "validation" not in splits:
-        _set_aside("validation", labelled, splits)
+        _hold_out("validation", labelled, splits)
     return splits
 
 
-def _set_aside(split: str, labelled: Sequence[_Labelled], splits: list[str]) -> None:
-    """Turns a part of the training pictures into those of another split."""
+def _hold_out(split: str, labelled: Sequence[_Labelled], splits: list[str]) -> None:
+    """Moves a part of the training pictures to another split."""
     writers = {entry.picture.writer for entry in labelled}
     by_writer = len(writers) >= 3 and "" not in writers
     units: dict[str, dict[int, str]] = {}
@@ -293,7 +284,7 @@ def _set_aside(split: str, labelled: Sequence[_Labelled], splits: list[str]) -> 
             group = "" if by_writer else picture.character
             units.setdefault(group, {})[index] = picture.writer if by_writer else digest
     for unit_of in units.values():
-        aside = set_aside(sorted(set(unit_of.values())), f"{split} ")
+        held_out = hold_out(sorted(set(unit_of.values())), f"{split} ")
         for index, unit in unit_of.items():
-            if unit in aside:
+            if unit in held_out:
                 splits[index] = split

@@ -1,4 +1,4 @@
-"""Makes data sets: from CASIA archives, pictures of one's own, or embedded simulated writers."""
+"""Makes data sets: from CASIA archives, labelled pictures, or the embedded simulated writers."""
 
 import collections
 import contextlib
@@ -11,18 +11,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hccr_jax.data import labelled_images, store
-from hccr_jax.data.casia import archives as archives_lib
 from hccr_jax.data.casia import charset
-from hccr_jax.data.synthetic import archives
+from hccr_jax.data.casia.archives import Member, fingerprint, list_members
+from hccr_jax.data.casia.gnt import OnFault
+from hccr_jax.data.synthetic.archives import write_gnt_archives
 from hccr_jax.errors import InputError
 
 
 class Prepared(NamedTuple):
-    """A prepared data set: its folder, its manifest, and whether it was made just now."""
+    """A prepared data set: its folder, its manifest, and whether this call made it."""
 
     folder: Path
     manifest: dict[str, Any]
     is_new: bool
+
+
+class _Source(NamedTuple):
+    """The source of a data set.
+
+    Attributes:
+      members: GNT files or pictures.
+      characters: the charset; none for level 1.
+      faults: a line for each unusable picture.
+      skipped: (reason, "count" or "bytes") → number skipped so far.
+    """
+
+    members: list[Member]
+    characters: Sequence[str]
+    faults: list[str]
+    skipped: collections.Counter[Any]
 
 
 def prepare(
@@ -36,9 +53,9 @@ def prepare(
     pictures: str | Path | None = None,
     characters: Sequence[str] = (),
 ) -> Prepared:
-    """Makes the data set `name`, unless it is there, made from the same archives or pictures.
+    """Makes the data set `name`, unless it was already made from the same archives or pictures.
 
-    It appears in its place complete or not at all, whatever ends this process.
+    It appears in its folder complete or not at all, even if this process is killed.
 
     Args:
       archives: zips, folders or `.gnt` files; none with `pictures`.
@@ -46,15 +63,41 @@ def prepare(
       name: the data set's name: lower-case letters, digits and underscores.
       on_error: "stop" at the first damaged file or record, or "skip" and count it.
       overwrite: replace a data set made from other archives.
-      test_archives: where given, the test split is these, and the others are all to train on.
-      pictures: a folder or a CSV file of pictures named by character, see `own.list_pictures`.
-      characters: the charset; none for the level-1 characters of archives, and for all of pictures.
+      test_archives: if given, they are the test split, and all others are for training.
+      pictures: a folder or a CSV file of labelled pictures, see `labelled_images.list_pictures`.
+      characters: the charset; by default level 1 for archives, and all characters of pictures.
 
     Raises:
       InputError: an argument, an archive or a record is wrong, or other archives were used before.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise InputError(f"name={name!r}: use lower-case letters, digits and underscores")
+    skips = on_error == "skip"
+    source = _find_source(archives, test_archives, pictures, characters, skips)
+    folder = store.dataset_folder(name, data_dir)
+    with store.exclusive(Path(data_dir, f".{name}.lock")):
+        if folder.exists() and not overwrite:
+            manifest = store.read_manifest(name, data_dir)
+            if manifest["fingerprint"] != fingerprint(source.members, source.characters):
+                raise InputError(
+                    f"{folder} was made from other archives or pictures: give --overwrite to "
+                    f"replace it, or another --name or --data_dir to keep both"
+                )
+            if not skips:
+                labelled_images.check_faults(source.faults or manifest.get("faults", []))
+            return Prepared(folder, manifest, is_new=False)
+        _build(data_dir, name, skip_faults=skips, **source._asdict())
+    return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
+
+
+def _find_source(
+    archives: Sequence[str | Path],
+    test_archives: Sequence[str | Path],
+    pictures: str | Path | None,
+    characters: Sequence[str],
+    skips: bool,
+) -> _Source:
+    """Lists the members of archives or pictures; arguments as for `prepare`."""
     skipped: collections.Counter[Any] = collections.Counter()
     faults: list[str] = []
 
@@ -65,52 +108,31 @@ def prepare(
         members = labelled_images.list_pictures(pictures, faults, skip)
         characters = characters or sorted({member.character for member in members})
     else:
-        members = _list_members(archives, test_archives, skip if on_error == "skip" else None)
-    folder = store.dataset_folder(name, data_dir)
-    with store.exclusive(Path(data_dir, f".{name}.lock")):
-        if folder.exists() and not overwrite:
-            manifest = store.read_manifest(name, data_dir)
-            if manifest["fingerprint"] == archives_lib.fingerprint(members, characters):
-                if on_error == "stop":
-                    labelled_images.check_faults(faults or manifest.get("faults", []))
-                return Prepared(folder, manifest, is_new=False)
-            raise InputError(
-                f"{folder} was made from other archives or pictures: give --overwrite to "
-                f"replace it, or another --name or --data_dir to keep both"
-            )
-        _build(
-            data_dir,
-            name=name,
-            members=members,
-            skip_faults=on_error == "skip",
-            skipped=skipped,
-            characters=characters,
-            faults=faults,
-        )
-    return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
+        members = _list_members(archives, test_archives, skip if skips else None)
+    return _Source(members, characters, faults, skipped)
 
 
 def _list_members(
     archives: Sequence[str | Path],
     test_archives: Sequence[str | Path],
-    on_fault: archives_lib.OnFault | None,
-) -> list[archives_lib.Member]:
-    """Returns the members of archives, split as they say, or by the two lists if there are two."""
-    members = archives_lib.list_members(archives, on_fault)
+    on_fault: OnFault | None,
+) -> list[Member]:
+    """Returns the members of archives, split by their names, or by the two lists if given."""
+    members = list_members(archives, on_fault)
     if not test_archives:
         return members
-    test = archives_lib.list_members(test_archives, on_fault)
-    # The archives may be given as a folder that holds the test archives too.
-    tested = {(member.num_bytes, member.crc32) for member in test}
-    train = [member for member in members if (member.num_bytes, member.crc32) not in tested]
+    test = list_members(test_archives, on_fault)
+    # `archives` may be a folder that contains the test archives too.
+    test_contents = {(member.num_bytes, member.crc32) for member in test}
+    train = [member for member in members if (member.num_bytes, member.crc32) not in test_contents]
     return [dataclasses.replace(member, split="train") for member in train] + [
         dataclasses.replace(member, split="test") for member in test
     ]
 
 
 def _build(data_dir: str | Path, name: str, **options: Any) -> None:
-    """Builds aside, where no reader looks, and renames; what a killed run left there goes first."""
-    from hccr_jax.data import tfds_builder  # slow to import: wrong input should be told at once
+    """Builds in a staging folder and renames it; first removes what a killed run left there."""
+    from hccr_jax.data import tfds_builder  # slow to import: wrong input is reported before
 
     folder = store.dataset_folder(name, data_dir)
     staging = Path(data_dir, f"incomplete.{name}")
@@ -134,27 +156,28 @@ def prepare_synthetic(
     num_test_writers: int,
     cursiveness: float,
 ) -> str:
-    """Makes the embedded data set of simulated writers, unless it is there.
+    """Makes the embedded data set of simulated writers, unless it exists.
 
-    It goes the whole way of real data: GNT archives are written, and prepared like CASIA's.
+    It takes the path of real data: GNT archives are written, and prepared like CASIA's.
 
     Args:
       data_dir: folder of all data sets.
-      num_characters: how many of the level-1 characters, the first ones in Unicode order.
+      num_characters: the first so many level-1 characters in Unicode order.
       num_train_writers, num_test_writers: writers, each of whom writes every character once.
-      cursiveness: of the writers, from 0 to 1 in steps of 0.01: see `handwriting.create_writer`.
+      cursiveness: of the writers, from 0 to 1 in steps of 0.01: see `writer.create_writer`.
 
     Returns:
-      The data set's name, which tells these numbers.
+      The data set's name, which contains these numbers.
     """
-    name = f"strokes_{num_characters}c_{num_train_writers}w_{num_test_writers}t_{100 * cursiveness:.0f}h"
+    sizes = f"{num_characters}c_{num_train_writers}w_{num_test_writers}t"
+    name = f"synthetic_{sizes}_cursive{100 * cursiveness:.0f}"
     folder, lock = store.dataset_folder(name, data_dir), Path(data_dir, f".archives.{name}.lock")
     with contextlib.nullcontext() if folder.exists() else store.exclusive(lock):
         if folder.exists():
             return name
         scratch = Path(data_dir, f"archives.{name}")
         characters = sorted(charset.level1())[:num_characters]
-        archives.write_gnt_archives(
+        write_gnt_archives(
             scratch,
             characters,
             num_train_writers,

@@ -1,7 +1,8 @@
-"""A split as training reads it: every image in normal form, in one memory-mapped array."""
+"""A split for training: every image in normal form, in one memory-mapped array."""
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hccr_jax.data import store
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.errors import InputError
 from hccr_jax.runtime.worker_pool import Advance, WorkerPool
 
@@ -29,11 +30,11 @@ class Split:
       labels: int32 (N,), index into `classes`.
       classes: the characters that occur in train, in the charset's order. `prepare` keeps no
         record of another class, in any split, so every label is in range.
-      writers: str (N,), who wrote the row.
+      writers: str (N,), the writer of the row.
       record_numbers: int32 (N,), the record's number in the member it came from.
       sources: str (N,), archive and member that the row came from.
-      teacher_logits: float16 (N, K), of a teacher for the images; None without
-        one, or where it is applied in every step.
+      teacher_logits: float16 (N, K), a teacher's logits for the images; None without a teacher, or
+        if it is evaluated in every step.
     """
 
     images: np.ndarray
@@ -55,9 +56,9 @@ def load_split(
 ) -> Split:
     """Returns a split of a prepared data set in normal form.
 
-    The first call for a split, size and margin computes it on all cores and keeps it beside the
-    data set, from where later calls map it. Calls at the same time wait for the first. What was
-    cut short since is computed again.
+    The first call for a split, size and margin computes it on all cores and caches it in the data
+    set's folder; later calls map the cache. Concurrent calls wait for the first. A truncated cache
+    is computed again.
 
     Args:
       name: the data set, such as "casia_hwdb".
@@ -65,7 +66,7 @@ def load_split(
       split: "train", "validation", "test", or several joined by "+".
       image_px: side S of the images.
       margin_px: pixels left free at each border.
-      aspect: "keep" or "adaptive", see `canvas.normalize`.
+      aspect: "keep" or "adaptive", see `normalize`.
 
     Raises:
       InputError: the data set is missing or has no such split, or the margin leaves no image.
@@ -76,7 +77,7 @@ def load_split(
     count = _count(manifest, split, name, data_dir)
     folder = store.dataset_folder(name, data_dir)
     form = f"{split}-{image_px}px-{margin_px}margin-{aspect}"
-    cache = folder / "normalize" / f"{form}-{_code_version()}"
+    cache = folder / "normal_form" / f"{form}-{_code_version()}"
     classes, shape = tuple(manifest["classes"]), (count, image_px, image_px)
     found = _read(cache, classes, shape)
     if found is None:
@@ -88,12 +89,12 @@ def load_split(
                 _remove_other_versions(cache, form)
                 found = _read(cache, classes, shape)
     if found is None:
-        raise InputError(f"{cache}: cannot be read again: is the disk sound?")
+        raise InputError(f"{cache}: cannot be read back: check the disk")
     return found
 
 
 def _read(cache: Path, classes: tuple[str, ...], shape: tuple[int, ...]) -> Split | None:
-    """Returns the split that a folder holds; None where it is missing or was cut short."""
+    """Returns the split in a cache folder; None if it is missing or truncated."""
     try:
         names = json.loads((cache / "names.json").read_text("utf-8"))
         images, rows = np.load(cache / "images.npy", mmap_mode="r"), np.load(cache / "rows.npy")
@@ -112,15 +113,15 @@ def _read(cache: Path, classes: tuple[str, ...], shape: tuple[int, ...]) -> Spli
 
 
 def join_splits(first: Split, second: Split) -> Split:
-    """Returns the rows of `first`, then those of `second` whose characters `first` has, in memory.
+    """Returns the rows of `first` and those rows of `second` whose classes `first` has, in memory.
 
     Args:
-      first: keeps its classes.
-      second: with images of the same size.
+      first: its classes are kept.
+      second: has images of the same size.
     """
     place = {character: index for index, character in enumerate(first.classes)}
-    own = np.array([place.get(character, -1) for character in second.classes], np.int32)
-    labels = own[second.labels]
+    new_label = np.array([place.get(character, -1) for character in second.classes], np.int32)
+    labels = new_label[second.labels]
     rows = np.flatnonzero(labels >= 0)
     return Split(
         images=np.concatenate([first.images, second.images[rows]]),
@@ -133,7 +134,7 @@ def join_splits(first: Split, second: Split) -> Split:
 
 
 def rows_spread(count: int, most: int) -> np.ndarray:
-    """Returns at most so many row numbers of a split, evenly over it.
+    """Returns at most `most` row numbers of a split, evenly spaced.
 
     >>> rows_spread(10, 4).tolist(), rows_spread(2, 4).tolist()
     ([0, 2, 5, 7], [0, 1])
@@ -165,7 +166,7 @@ def load_bitmaps(
 
 
 def _count(manifest: dict[str, Any], split: str, name: str, data_dir: str | Path) -> int:
-    """Returns the number of records of a split, or says which splits there are."""
+    """Returns the number of records of a split; the InputError for an unknown one lists them."""
     counts, parts = manifest["characters_per_split"], split.split("+")
     if len(set(parts)) < len(parts) or not set(parts) <= set(counts):
         raise InputError(
@@ -176,8 +177,8 @@ def _count(manifest: dict[str, Any], split: str, name: str, data_dir: str | Path
 
 
 def _code_version() -> str:
-    """Returns a digest of the code that computes the normal form: a change makes caches stale."""
-    return hashlib.sha256(Path(normalize.__file__).read_bytes()).hexdigest()[:12]
+    """Returns a digest of the code of the normal form: a change invalidates the caches."""
+    return hashlib.sha256(Path(inspect.getfile(normalize)).read_bytes()).hexdigest()[:12]
 
 
 def _records(folder: Path, split: str) -> Any:
@@ -208,7 +209,7 @@ def _build(
     margin_px: int,
     aspect: str,
 ) -> None:
-    """Computes a split under another name and renames it once complete; the caller has the lock."""
+    """Computes a split under a temporary name and renames it; the caller holds the lock."""
     temporary = cache.with_name(f"{cache.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -220,7 +221,7 @@ def _build(
         for start in range(0, count, _TASK_ROWS)
     ]
     with WorkerPool() as pool:
-        parts = pool.run(_normalise, tasks, count, f"Normal form of {split}", "image")
+        parts = pool.run(_normalize_rows, tasks, count, f"Normal form of {split}", "image")
     rows = np.empty(count, _ROW)
     rows["label"] = np.concatenate([part.labels for part in parts])
     rows["record"] = np.concatenate([part.record_numbers for part in parts])
@@ -237,7 +238,7 @@ def _build(
 
 
 class _Part(NamedTuple):
-    """The facts of one task's rows, arrays as in `Split`."""
+    """The rows of one task, arrays as in `Split`."""
 
     labels: np.ndarray
     writers: np.ndarray
@@ -245,8 +246,8 @@ class _Part(NamedTuple):
     record_numbers: np.ndarray
 
 
-def _normalise(task: _Task, advance: Advance) -> _Part:
-    """Fills the task's rows of the array and returns the facts of each."""
+def _normalize_rows(task: _Task, advance: Advance) -> _Part:
+    """Fills the task's rows of the image array and returns the other columns."""
     source = _records(task.folder, task.split)
     classes = json.loads((task.folder / store.MANIFEST).read_text("utf-8"))["classes"]
     place = {character: index for index, character in enumerate(classes)}
@@ -255,9 +256,7 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
     for start in range(task.start, task.stop, _READ_ROWS):
         rows = range(start, min(start + _READ_ROWS, task.stop))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
-            images[row] = normalize.normalize(
-                record["image"], images.shape[1], task.margin_px, task.aspect
-            )
+            images[row] = normalize(record["image"], images.shape[1], task.margin_px, task.aspect)
             labels.append(place[record["character"].decode()])
             writers.append(record["writer"].decode())
             sources.append(record["source"].decode())
@@ -273,7 +272,7 @@ def _normalise(task: _Task, advance: Advance) -> _Part:
 
 
 def _remove_other_versions(cache: Path, form: str) -> None:
-    """Removes what other versions of the code left: a split can take gigabytes."""
+    """Removes the caches of other versions of the code: a split can take gigabytes."""
     for path in cache.parent.glob(f"{form}-*"):
         if path != cache:
             shutil.rmtree(path, ignore_errors=True)

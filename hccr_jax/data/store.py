@@ -1,4 +1,4 @@
-"""The folder of a prepared data set: where it lies, what it holds, who may write it."""
+"""The folder of a prepared data set: its path, its manifest, and a lock for its writer."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 
 def dataset_folder(name: str, data_dir: str | Path) -> Path:
-    """Returns where the data set `name` lies under `data_dir`, the folder of all data sets."""
+    """Returns the folder of the data set `name` in `data_dir`, the folder of all data sets."""
     return Path(data_dir, name, VERSION)
 
 
@@ -22,7 +22,7 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
     """Returns the manifest of a prepared data set.
 
     Raises:
-      InputError: it has not been prepared; the message says how to.
+      InputError: it has not been prepared; the message says how.
     """
     path = dataset_folder(name, data_dir) / MANIFEST
     try:
@@ -47,9 +47,9 @@ def read_manifest(name: str, data_dir: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, waiting for any other process that does; its folder is created.
+    """Holds the lock file `path`, waiting for another holder; its folder is created.
 
-    The lock goes when its holder ends, however that happens.
+    The lock is released when its holder ends, even if killed.
 
     Raises:
       InputError: the file cannot be written.

@@ -1,39 +1,29 @@
 """A data set as a TensorFlow Datasets builder: original bitmaps in ArrayRecord files.
 
-Reading and writing need no TensorFlow. Whole shards are parsed, serialised and written by the
-worker processes, because TFDS's own writer works on one core and holds a split in memory (up to
-1 GB, beyond which it asks for TensorFlow).
+Reading and writing need no TensorFlow; see `shards` for why TFDS's own writer is not used.
 """
 
-import collections
-import dataclasses
-import functools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from hccr_jax.data import labelled_images, store
-from hccr_jax.data.casia import charset, gnt
-from hccr_jax.data.casia.archives import Member, divide, fingerprint, read_member
-from hccr_jax.errors import InputError
-from hccr_jax.runtime.worker_pool import Advance, WorkerPool
+from hccr_jax.data.casia import charset
+from hccr_jax.data.casia.archives import Member, divide, fingerprint
+from hccr_jax.data.shards import Counts, Shard, Task, features, group_members, write_shard
+from hccr_jax.errors import InputError, shorten
+from hccr_jax.runtime.worker_pool import WorkerPool
 
-# Small enough to keep all cores busy on a small set, large enough that the full one has few files.
-_SHARD_BYTES = 24 << 20
-# A class is of unusual size when it is off the median by more than this part and this number of
-# images: real classes of HWDB1.1 lack a few of 240 writers.
+# A class is of unusual size if it differs from the median by more than this part and this number
+# of images: real classes of HWDB1.1 lack a few of 240 writers.
 _UNUSUAL_PART = 1 / 3
 _UNUSUAL_COUNT = 3
 _SHOWN_DOUBTS = 3
-
-Counts = collections.Counter[Any]
 
 
 class CasiaHwdb(FileReaderBuilder):
@@ -45,7 +35,7 @@ class CasiaHwdb(FileReaderBuilder):
     """
 
     VERSION = tfds.core.Version(store.VERSION)
-    # Nothing is downloaded; left alone, TFDS looks for a list of download addresses in the package.
+    # Nothing is downloaded; by default TFDS looks for a list of URLs in the package.
     url_infos: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -64,11 +54,11 @@ class CasiaHwdb(FileReaderBuilder):
         Args:
           data_dir: folder of all data sets.
           name: the data set's name.
-          members: what to prepare the data set from; none to read it only.
+          members: the source of a data set to prepare; none to read it only.
           skip_faults: count damaged records and go on, instead of raising InputError.
-          skipped: (reason, "count" or "bytes") → number passed over before, for the manifest.
-          characters: the charset: what else is there is passed over; none for level 1.
-          faults: pictures that could not be used already, a line each, for the manifest.
+          skipped: (reason, "count" or "bytes") → number skipped so far, for the manifest.
+          characters: the charset, others are skipped; none for level 1.
+          faults: a line for each picture found unusable so far, for the manifest.
         """
         self.name = name
         self._members = members
@@ -91,8 +81,8 @@ class CasiaHwdb(FileReaderBuilder):
         del dl_manager, download_config
         members = divide(self._members)
         with WorkerPool() as pool:
-            wanted = frozenset(self._characters or charset.level1())
-            shards = self._write(pool, members, ["train"], wanted)
+            classes = frozenset(self._characters or charset.level1())
+            shards = self._write(pool, members, ["train"], classes)
             trained = frozenset(character for _, _, character in _characters(shards))
             shards += self._write(pool, members, ["validation", "test"], trained)
         self._check(shards, trained)
@@ -103,8 +93,8 @@ class CasiaHwdb(FileReaderBuilder):
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
         Path(self.data_dir, store.MANIFEST).write_text(text, "utf-8")
 
-    def _check(self, shards: "list[_Shard]", trained: frozenset[str]) -> None:
-        """Stops at pictures that cannot be used, telling them, and where nothing is to learn."""
+    def _check(self, shards: list[Shard], trained: frozenset[str]) -> None:
+        """Raises InputError if pictures are unusable or no class has a training image."""
         self._faults += [fault for shard in shards for fault in shard.faults]
         if not self._skip_faults:
             labelled_images.check_faults(self._faults)
@@ -122,17 +112,17 @@ class CasiaHwdb(FileReaderBuilder):
         members: dict[str, list[Member]],
         splits: Sequence[str],
         classes: frozenset[str],
-    ) -> "list[_Shard]":
+    ) -> list[Shard]:
         tasks = [
-            _Task(split, self.data_dir, number, group, classes, self._skip_faults, self._characters)
+            Task(split, self.data_dir, number, group, classes, self._skip_faults, self._characters)
             for split in splits
-            for number, group in enumerate(_groups(members[split]))
+            for number, group in enumerate(group_members(members[split]))
         ]
         total = sum(member.num_bytes for split in splits for member in members[split])
-        return pool.run(_write_shard, tasks, total, f"{self.name}: {', '.join(splits)}", "B")
+        return pool.run(write_shard, tasks, total, f"{self.name}: {', '.join(splits)}", "B")
 
-    def _finish(self, split: str, shards: "list[_Shard]") -> tfds.core.SplitInfo | None:
-        """Gives the shards that hold records their final names, which count them."""
+    def _finish(self, split: str, shards: list[Shard]) -> tfds.core.SplitInfo | None:
+        """Renames the shards with records to their final names, which number them."""
         shards = [shard for shard in shards if shard.split == split]
         filled = [shard for shard in shards if shard.num_records]
         template = self._get_filename_template(split_name=split)
@@ -153,164 +143,23 @@ class CasiaHwdb(FileReaderBuilder):
 
 class _LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Does nothing: TFDS would ask its cloud storage, which does not know this data set."""
+        """Does nothing: TFDS would query its cloud storage, which has no such data set."""
 
 
-@functools.cache
-def features(characters: tuple[str, ...] = ()) -> tfds.features.FeaturesDict:
-    """Returns the features of one record; ArrayRecord compresses the bitmap, without loss.
-
-    Args:
-      characters: the charset, in the order of the labels; none for level 1.
-    """
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Tensor(shape=(None, None), dtype=np.uint8, encoding="bytes"),
-            "label": tfds.features.ClassLabel(names=characters or charset.level1()),
-            "character": tfds.features.Text(),
-            "writer": tfds.features.Text(),
-            "source": tfds.features.Text(doc="archive and member name"),
-            "record": tfds.features.Scalar(np.int32, doc="number of the record in its member"),
-        }
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """One file to write: its split, folder and number, its members, the characters wanted.
-
-    `characters` is the data set's charset, none for level 1.
-    """
-
-    split: str
-    folder: str
-    number: int
-    members: Sequence[Member]
-    classes: frozenset[str]
-    skip_faults: bool
-    characters: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass
-class _Shard:
-    """What went into a file, by (archive, writer, character), and what did not.
-
-    `skipped` counts by (reason, "count" or "bytes"); `faults` tells the pictures among it.
-    """
-
-    split: str
-    path: Path
-    num_records: int = 0
-    num_bytes: int = 0
-    characters: Counts = dataclasses.field(default_factory=Counts)
-    skipped: Counts = dataclasses.field(default_factory=Counts)
-    faults: list[str] = dataclasses.field(default_factory=list)
-
-    def skip(self, reason: str, num_bytes: int) -> None:
-        self.skipped[reason, "count"] += 1
-        self.skipped[reason, "bytes"] += num_bytes
-
-
-def _groups(members: Sequence[Member]) -> list[list[Member]]:
-    """Returns runs of consecutive members, about `_SHARD_BYTES` or a little less in each."""
-    total = sum(member.num_bytes for member in members)
-    num_groups = -(-total // _SHARD_BYTES)
-    groups: list[list[Member]] = [[] for _ in range(num_groups)]
-    end = 0
-    for member in members:
-        groups[min(end * num_groups // max(total, 1), num_groups - 1)].append(member)
-        end += member.num_bytes
-    return [group for group in groups if group]
-
-
-def _write_shard(task: _Task, advance: Advance) -> _Shard:
-    """Streams members into one ArrayRecord file: memory holds a few records at a time."""
-    # The final name holds the number of files, known only once the empty ones are out.
-    shard = _Shard(task.split, Path(task.folder, f"{task.split}.{task.number}.part"))
-    kinds = features(task.characters)
-    serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
-    writer = array_record_module.ArrayRecordWriter(str(shard.path), "group_size:1")
-    for member in task.members:
-        done = 0
-        for example, end in _examples(member, task, shard):
-            serialized = serializer.serialize_example(kinds.encode_example(example))
-            writer.write(serialized)
-            shard.num_records += 1
-            shard.num_bytes += len(serialized)
-            advance(end - done)
-            done = end
-        advance(member.num_bytes - done)
-    writer.close()
-    return shard
-
-
-def _examples(member: Member, task: _Task, shard: _Shard) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields (example, end of its record in the member) and counts what is kept and what is not."""
-    place = _place(task.characters)
-    for number, (character, record, end) in enumerate(_records(member, task, shard)):
-        num_bytes = end - record.offset
-        if character is None and task.skip_faults:
-            shard.skip("unknown tag", num_bytes)
-        elif character is None:
-            raise InputError(
-                f"{member.source}: byte {record.offset}: unknown tag {record.tag.hex()}; "
-                f"--on_error=skip goes on without it"
-            )
-        elif character not in place:
-            kind = "not in the charset" if task.characters else "not a level-1 character"
-            shard.skip(kind, num_bytes)
-        elif character not in task.classes:
-            shard.skip("class without training characters", num_bytes)
-        else:
-            shard.characters[member.archive, member.writer, character] += 1
-            example = {
-                "image": record.bitmap,
-                "label": place[character],
-                "character": character,
-                "writer": member.writer,
-                "source": member.source,
-                "record": number,
-            }
-            yield example, end
-
-
-def _records(
-    member: Member, task: _Task, shard: _Shard
-) -> Iterator[tuple[str | None, gnt.Record, int]]:
-    """Yields (character, record, end of it in the member); None where no character has its tag."""
-    if member.character:
-        try:
-            record = gnt.Record(b"", labelled_images.read_bitmap(member), 0)
-            yield member.character, record, member.num_bytes
-        except InputError as error:
-            shard.faults.append(str(error))
-            shard.skip("unusable picture", member.num_bytes)
-        return
-    for record in read_member(member, shard.skip if task.skip_faults else None):
-        end = record.offset + gnt.HEADER.size + record.bitmap.size
-        yield charset.tag_to_character(record.tag), record, end
-
-
-@functools.cache
-def _place(characters: tuple[str, ...]) -> dict[str, int]:
-    """Returns the map from a character to its label."""
-    return {character: index for index, character in enumerate(characters or charset.level1())}
-
-
-def _characters(shards: Sequence[_Shard]) -> Counts:
+def _characters(shards: Sequence[Shard]) -> Counts:
     return sum((shard.characters for shard in shards), Counts())
 
 
 def _manifest(
     members: Sequence[Member],
-    shards: Sequence[_Shard],
+    shards: Sequence[Shard],
     skipped_before: Counts,
     characters: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Returns what the data set holds, as JSON: characters by split, archive, writer, class.
+    """Returns the content of the data set as JSON: characters by split, archive, writer, class.
 
-    `doubts` are lines for a person, on what may be wrong though it can be read; `not_trained` are
-    the characters of a charset of one's own that no training writer wrote.
+    `doubts` are lines for a person, on readable records that may be wrong; `not_trained` are the
+    characters of a custom charset that no training writer wrote.
     """
     skipped = sum((shard.skipped for shard in shards), Counts(skipped_before))
     archives: Counts = Counts()
@@ -342,8 +191,8 @@ def _manifest(
     }
 
 
-def _doubts(shards: Sequence[_Shard], classes: dict[str, dict[str, int]]) -> list[str]:
-    """Returns a few lines on what hints at wrong tags: a writer of CASIA writes each class once."""
+def _doubts(shards: Sequence[Shard], classes: dict[str, dict[str, int]]) -> list[str]:
+    """Returns lines on signs of wrong tags; a writer of CASIA writes each class once."""
     repeats = Counts(
         {
             f"{character} {count} times by writer {writer}": count
@@ -353,7 +202,7 @@ def _doubts(shards: Sequence[_Shard], classes: dict[str, dict[str, int]]) -> lis
     )
     doubts = []
     if repeats:
-        doubts.append(f"written more than once by one writer: {_worst(repeats)}")
+        doubts.append(f"written more than once by one writer: {_most_common(repeats)}")
     for split, counts in classes.items():
         usual = statistics.median(counts.values())
         distance = {
@@ -363,12 +212,9 @@ def _doubts(shards: Sequence[_Shard], classes: dict[str, dict[str, int]]) -> lis
         }
         if distance:
             message = f"classes of unusual size in {split}, where the median has {usual:g}"
-            doubts.append(f"{message}: {_worst(Counts(distance))}")
+            doubts.append(f"{message}: {_most_common(Counts(distance))}")
     return doubts
 
 
-def _worst(findings: Counts) -> str:
-    """Returns the gravest findings and how many more there are, on one line."""
-    shown = [text for text, _ in findings.most_common(_SHOWN_DOUBTS)]
-    more = len(findings) - len(shown)
-    return ", ".join([*shown, *([f"{more:,} more"] if more else [])])
+def _most_common(findings: Counts) -> str:
+    return shorten([text for text, _ in findings.most_common()], ", ", limit=_SHOWN_DOUBTS)

@@ -1,4 +1,7 @@
-"""Several processes that train one network: joining them, agreeing, and leaving."""
+"""Several processes that train one network: start, agreement and end.
+
+Only the primary process prints and writes files.
+"""
 
 import os
 import sys
@@ -14,18 +17,18 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize(timeout_seconds: float) -> None:
-    """Makes this process one of several where the environment says so, before JAX's first use.
+    """Joins this process to others if the environment defines them, before JAX's first use.
 
-    JAX_COORDINATOR_ADDRESS is host:port of process 0, JAX_NUM_PROCESSES their number and
-    JAX_PROCESS_ID this one's, from 0; JAX_LOCAL_DEVICE_IDS, such as 0 or 0,1, may tell which of the
-    host's GPUs are its own. Only process 0 writes to standard output.
+    JAX_COORDINATOR_ADDRESS is host:port of process 0, JAX_NUM_PROCESSES the number of processes and
+    JAX_PROCESS_ID the index of this one, from 0; JAX_LOCAL_DEVICE_IDS, such as 0 or 0,1, may assign
+    GPUs of the host to it. Only process 0 writes to standard output.
 
     Args:
-      timeout_seconds: after so long without a sign of life a process counts as lost.
+      timeout_seconds: a process without a heartbeat for so long is lost.
 
     Raises:
       InputError: a variable is missing or wrong.
-      ConnectionError: the others were not found.
+      ConnectionError: the other processes were not found.
     """
     if not os.environ.get("JAX_NUM_PROCESSES"):
         return
@@ -37,7 +40,7 @@ def initialize(timeout_seconds: float) -> None:
         raise InputError(f"JAX_PROCESS_ID={index}: must be below JAX_NUM_PROCESSES={count}")
     if not address.rpartition(":")[2].isdecimal():
         raise InputError(f"{VARIABLES[0]}={address!r}: must be host:port of process 0")
-    # It would take SIGTERM for itself, which `signals` sees to.
+    # It would intercept SIGTERM, which `signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -61,21 +64,21 @@ def is_initialized() -> bool:
 
 
 def is_primary() -> bool:
-    """Returns whether this is the process that writes files and talks."""
+    """Returns whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast(value: int) -> int:
-    """Returns the first process's value; all must call it, in step."""
+    """Returns the primary process's value; all must call it, in step."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
 def shutdown(code: int) -> NoReturn:
-    """Ends the process; one that failed does not wait for others, nor for threads that cannot end.
+    """Ends the process; a failed one at once, without waiting for threads or other processes.
 
-    The others are to notice.
+    JAX's own shutdown is a barrier of all processes; the others notice the loss by themselves.
     """
     sys.stdout.flush()
     sys.stderr.flush()

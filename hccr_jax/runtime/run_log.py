@@ -1,4 +1,4 @@
-"""What a run says about itself while it runs: metrics.jsonl, TensorBoard and the progress bar."""
+"""The log of a run: metrics.jsonl, TensorBoard events and the progress bar."""
 
 import contextlib
 import json
@@ -15,18 +15,18 @@ from hccr_jax.runtime import distributed
 TITLES = {"train/loss": "loss", "train/accuracy": "accuracy", "eval/top1": "validation"}
 
 
-class MetricsWriter:
-    """Writes rows of metrics to a workdir and shows them, by the first of several processes.
+class RunLog:
+    """Logs rows of metrics to a workdir and a progress bar, in the primary process only.
 
     A context manager.
     """
 
     def __init__(self, workdir: Path, first_step: int, total_steps: int) -> None:
-        """Opens the files, to append.
+        """Opens the files for appending.
 
         Args:
-          workdir: gets metrics.jsonl and TensorBoard's event file.
-          first_step, total_steps: where the progress bar starts and ends.
+          workdir: of metrics.jsonl and TensorBoard's event file.
+          first_step, total_steps: start and end of the progress bar.
         """
         self._file = None
         if not distributed.is_primary():
@@ -37,7 +37,7 @@ class MetricsWriter:
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row and moves the bar to its step.
+        """Writes one row and advances the bar to its step.
 
         Raises:
           OSError: names the file.
@@ -68,7 +68,7 @@ class MetricsWriter:
     ) -> None:
         if self._file:
             self._bar.close()
-            # Where nothing more can be written, the first failure has been told.
+            # If nothing more can be written, `write` has reported it already.
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self._events.close()
                 self._file.close()
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
     Args:
       path: a `metrics.jsonl`: one JSON object a line, each with an integer `step`. A resumed run
-        repeats steps; the value written last wins.
+        repeats steps; the last value written counts.
     """
     rows: dict[int, dict[str, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -87,6 +87,6 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
             row = json.loads(line)
             rows.setdefault(int(row["step"]), {}).update(row)
         except (ValueError, KeyError, TypeError):
-            # A run that was killed while it wrote leaves half a line; the rest is still good.
-            logging.warning("%s: line %d is not a logged step; left out", path, number)
+            # A run that is killed while writing leaves half a line.
+            logging.warning("%s: line %d is not a logged step; skipped", path, number)
     return dict(sorted(rows.items()))

@@ -1,4 +1,4 @@
-"""The device mesh: the only place that knows how work is laid out over devices."""
+"""The device mesh, and the layout of arrays over its devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +17,12 @@ def create_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a value that every device holds whole."""
+    """Returns the sharding of a value of which every device has a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Returns the sharding of an array one axis of which is split over the devices."""
+    """Returns the sharding of an array split along one axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
 
 
@@ -35,22 +35,22 @@ def shard_batch(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Places a pytree of host arrays on the devices, split by rows.
 
     Args:
-      batch: arrays holding this process's rows of the global batch, in order.
+      batch: arrays of this process's rows of the global batch, in order.
       mesh: from `create_mesh`.
       axis: the axis of the rows.
     """
     return _put(batch, batch_sharding(mesh, axis))
 
 
-def make_any_process(asked: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
-    """Returns a function that tells whether `asked` is true in any process.
+def make_any_process(condition: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
+    """Returns a function that returns whether `condition()` is true in any process.
 
-    With several processes all must call it, in step; it waits for what the devices do.
+    With several processes all must call it, in step; it waits for the devices.
     """
     if jax.process_count() == 1:
-        return asked
+        return condition
     reduce = jax.jit(jnp.any, out_shardings=replicated(mesh))
-    return lambda: bool(reduce(shard_batch(np.full(jax.local_device_count(), asked()), mesh)))
+    return lambda: bool(reduce(shard_batch(np.full(jax.local_device_count(), condition()), mesh)))
 
 
 def _put(values: Any, sharding: NamedSharding) -> Any:
@@ -60,6 +60,6 @@ def _put(values: Any, sharding: NamedSharding) -> Any:
 
 
 def process_rows(batch_size: int) -> slice:
-    """Returns the part of a global batch that belongs to this process."""
+    """Returns the slice of a global batch that this process loads."""
     local = batch_size // jax.process_count()
     return slice(jax.process_index() * local, (jax.process_index() + 1) * local)

@@ -1,4 +1,4 @@
-"""Signals: a run saves and leaves, or leaves at once where there is nothing to save."""
+"""Signals: a run saves and ends, or ends at once if there is nothing to save."""
 
 import contextlib
 import ctypes
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 
 EXIT_CODE = 143
 
-Asked = Callable[[], bool]
+StopRequested = Callable[[], bool]
 
 
 class _Watch:
-    """What has come, and whether someone will see to it."""
+    """The number of signals received, and whether `saving` handles them."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -28,14 +28,14 @@ _watch: _Watch | None = None
 
 
 class Stopped(Exception):
-    """Work was given up because the process is to end."""
+    """Work was abandoned because the process is to end."""
 
 
 def install() -> None:
-    """Makes SIGTERM and SIGINT end the process with code 143, at once but for `saving`.
+    """Makes SIGTERM and SIGINT end the process with code 143, at once except during `saving`.
 
-    At once even where the interpreter itself would not hear of it for long, as while XLA compiles.
-    A signal that the parent had ignored stays so. To be called by the main thread.
+    A thread receives them through a wake-up descriptor, because the main thread may be compiling in
+    C++ for minutes. A signal ignored by the parent stays ignored. To be called by the main thread.
     """
     global _watch
     if _watch is not None:
@@ -52,10 +52,10 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def saving() -> Iterator[Asked]:
-    """Yields a function that tells whether the process is to end, which it then leaves to the body.
+def saving() -> Iterator[StopRequested]:
+    """Yields a function that returns whether a stop is requested, which the body then carries out.
 
-    A second signal ends it at once all the same. Without `install` nothing is ever asked.
+    A second signal ends the process at once. Without `install` no stop is ever requested.
     """
     watch = _watch or _Watch()
     with watch.lock:
@@ -72,10 +72,10 @@ def saving() -> Iterator[Asked]:
 def explain_bus_errors(remedy: str) -> None:
     """Makes a bus error end the process with code 1, the stacks of all threads and a remedy.
 
-    A file that is mapped into memory and was cut short gives one where it is read. Python's own
-    handlers never run then, since the read is tried again for ever.
+    Reading a truncated file that is mapped into memory causes one. Python's own handlers would
+    never run then, since the read is repeated for ever.
     """
-    cause = "a file that is mapped into memory was cut short, or its disk failed"
+    cause = "a file mapped into memory was cut short, or its disk failed"
     text = f"\nbus error: {cause}: {remedy}\n"
 
     @_HANDLER
@@ -89,11 +89,11 @@ def explain_bus_errors(remedy: str) -> None:
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_kept: list[object] = []  # what C code may call must not go
+_kept: list[object] = []  # referenced from C, so never to be freed
 
 
 def _listen(receiver: socket.socket, sender: socket.socket, watch: _Watch) -> None:
-    """Sees to each signal; a thread of its own, since the main one may be busy in C++."""
+    """Handles each signal, in a thread of its own."""
     while True:
         for number in receiver.recv(16):
             if number not in (signal.SIGTERM, signal.SIGINT):
@@ -101,12 +101,12 @@ def _listen(receiver: socket.socket, sender: socket.socket, watch: _Watch) -> No
             with watch.lock:
                 watch.received += 1
                 if watch.saves and watch.received == 1:
-                    _say("stopping: saving first; a second signal stops at once")
+                    _report("stopping: saving first; a second signal stops at once")
                     continue
-            _say("stopped")
+            _report("stopped")
             os._exit(EXIT_CODE)
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

@@ -1,4 +1,4 @@
-"""The folder of a run: one that can be written, has room, and has one writer."""
+"""The folder of a run: writable, with enough disk space, and with one writer."""
 
 import contextlib
 import fcntl
@@ -11,30 +11,30 @@ from hccr_jax.errors import InputError
 
 
 def check_writable(workdir: Path) -> None:
-    """Checks that a workdir is a folder that can be written, or can be made.
+    """Checks that a workdir is writable, or can be created.
 
     Raises:
-      InputError: says why not.
+      InputError: gives the reason if not.
     """
     path = workdir.absolute()
-    there = next(p for p in (path, *path.parents) if os.path.exists(p))
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        reason = "no permission to write" if there.is_dir() else "not a folder"
-        raise InputError(f"--workdir={workdir}: {there}: {reason}; choose another")
+    existing = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        reason = "no permission to write" if existing.is_dir() else "not a folder"
+        raise InputError(f"--workdir={workdir}: {existing}: {reason}; choose another")
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Holds a folder, which is made where missing, against other processes that ask for it.
+    """Locks a folder, which is created if missing, against other processes.
 
-    The lock goes when its holder ends, however that happens. A folder that was made here and that
-    an exception finds empty is removed again.
+    The lock is released when its holder ends, even if killed. A folder that was created here and is
+    still empty at an exception is removed again.
 
     Raises:
-      InputError: another process has it, or the folder cannot be written; says who, or why.
+      InputError: another process, which is named, has the lock, or the folder is not writable.
     """
     folder = folder.absolute()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -55,19 +55,19 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made and os.listdir(folder) == ["lock"]:
+            if created and os.listdir(folder) == ["lock"]:
                 (folder / "lock").unlink()
                 with contextlib.suppress(OSError):
-                    for path in made:
+                    for path in created:
                         path.rmdir()
             raise
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Checks that a folder's file system has room, by taking it for a moment.
+    """Checks a folder's free disk space, by allocating it for a moment.
 
     Raises:
-      InputError: says how much is needed.
+      InputError: gives the space needed.
     """
     path = folder / "room"
     try:
@@ -82,7 +82,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file in whole, in place of what it held."""
+    """Replaces a UTF-8 file atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -1,10 +1,11 @@
-"""Runs independent tasks on all cores, in worker processes, under a progress bar."""
+"""Runs independent tasks on all cores, in worker processes."""
 
+import collections
 import concurrent.futures.process
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tqdm
@@ -18,16 +19,17 @@ _counter: Any = None
 
 
 class WorkerPool:
-    """Processes on all cores, as a context manager; leaving it drops what has not begun."""
+    """Processes on all cores, as a context manager; leaving it cancels the tasks not begun."""
 
-    def __init__(self) -> None:
-        # Workers inherit it: with one a core, NumPy's own threads would wait for one another.
+    def __init__(self, processes: int | None = None) -> None:
+        """Creates the pool, of one process a core by default."""
+        # Inherited by the workers: with one a core, NumPy's own threads would compete for cores.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # Threads of jax or of the record reader do not survive a fork, so the pool spawns.
+        # Threads of jax or of the record reader do not survive a fork, hence spawn.
         context = multiprocessing.get_context("spawn")
         self._counter = context.Value("q", 0)
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            cpu_count(), context, initializer=_start, initargs=(self._counter,)
+            processes or cpu_count(), context, initializer=_start, initargs=(self._counter,)
         )
 
     def __enter__(self) -> "WorkerPool":
@@ -47,15 +49,15 @@ class WorkerPool:
         """Returns `[function(task, advance) for task in tasks]`, under a progress bar.
 
         Args:
-          function: a module-level function; calls `advance(n)` as it gets on, in any steps.
+          function: a module-level function; reports its progress by `advance(n)`, in any steps.
           tasks: picklable arguments, one call each.
-          total: what all the steps add up to.
-          description: stands before the progress bar.
-          unit: what a step counts, for the rate.
+          total: the sum of all steps.
+          description: the title of the progress bar.
+          unit: of the steps, for the rate.
 
         Raises:
           ChildProcessError: a worker was killed.
-          Exception: whatever the first task to fail raised.
+          Exception: that of the first task to fail.
         """
         start = self._counter.value
         futures = [self._pool.submit(_call, function, task) for task in tasks]
@@ -70,14 +72,24 @@ class WorkerPool:
                 bar.update(self._counter.value - start - bar.n)
         return [future.result() for future in futures]
 
+    def stream(self, function: Callable[..., Result], tasks: Iterable[tuple]) -> Iterator[Result]:
+        """Yields `function(*task)` for each task in order, with few results waiting in memory."""
+        pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+        for task in tasks:
+            pending.append(self._pool.submit(function, *task))
+            if len(pending) > 2 * cpu_count():
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
     @staticmethod
     def _check(future: concurrent.futures.Future[Any]) -> None:
         try:
             future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise ChildProcessError(
-                "a worker process died, most likely killed for want of memory: free some, or use "
-                "fewer cores (taskset), and run this again"
+                "a worker process died, most likely for lack of memory: free some, or use fewer "
+                "cores (taskset), and run again"
             ) from error
 
 
@@ -104,7 +116,7 @@ def _start(counter: Any) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker when its parent is killed: nobody else would tell it to stop writing."""
+    """Ends this worker when its parent is killed: otherwise it would go on writing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -7,7 +7,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +30,6 @@ OFFICIAL_MD5 = {
 }
 _WRITER = re.compile(r"([A-Za-z]?\d+)(?:-\w+)?")
 _CHUNK_BYTES = 1 << 20
-
-OnFault = Callable[[str, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Member:
         return f"{self.archive}/{self.name or self.path.name}"
 
 
-def list_members(paths: Sequence[str | Path], on_fault: OnFault | None = None) -> list[Member]:
+def list_members(paths: Sequence[str | Path], on_fault: gnt.OnFault | None = None) -> list[Member]:
     """Returns the GNT members of zips, folders (searched recursively) and single files.
 
     The split comes from the nearest name with trn/train or tst/test (folders inside the zip, the
@@ -103,7 +101,7 @@ def list_members(paths: Sequence[str | Path], on_fault: OnFault | None = None) -
     return sorted(members, key=lambda member: (member.split, member.writer, member.source))
 
 
-def read_member(member: Member, on_fault: OnFault | None = None) -> Iterator[gnt.Record]:
+def read_member(member: Member, on_fault: gnt.OnFault | None = None) -> Iterator[gnt.Record]:
     """Yields the records of a member; see `gnt.read_records`.
 
     Args:
@@ -194,7 +192,7 @@ def _files(path: Path) -> Iterator[tuple[Path, Path]]:
                 yield path.absolute(), Path(folder, name)
 
 
-def _members_of_file(root: Path, file: Path, on_fault: OnFault | None) -> list[Member]:
+def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> list[Member]:
     if not file.is_file():
         raise InputError(f"{file}: not a file, or a broken link")
     if not os.access(file, os.R_OK):

@@ -1,7 +1,7 @@
-"""Pictures as people have them: files, streams and arrays, made into grey values.
+"""Pictures from files, streams and arrays, converted to grey values.
 
-The bytes are untrusted: what a file holds is told by its first bytes, its size is known before it
-is decoded, and whatever is wrong with it is an `InputError` of one line.
+The bytes are untrusted: a file's type follows from its first bytes, its size is checked before it
+is decoded, and any fault is an `InputError` of one line.
 """
 
 import io
@@ -29,8 +29,8 @@ class Picture(NamedTuple):
 
     Attributes:
       grey: uint8 (H, W).
-      record: its number in a GNT file; None for a picture of its own.
-      label: the character that a GNT file says it is, or None.
+      record: its number in a GNT file; None for other files.
+      label: the character by its tag in a GNT file, or None.
     """
 
     grey: np.ndarray
@@ -46,7 +46,7 @@ def read_pictures(stream: BinaryIO, name: str) -> Iterator[Picture]:
       name: the file's name, for messages.
 
     Raises:
-      InputError: it is no such file, damaged, or too large.
+      InputError: the file is of another type, damaged, or too large.
     """
     head = stream.read(gnt.HEADER.size)
     kind = next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), "")
@@ -67,7 +67,7 @@ def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
     """Returns a picture as grey values, composited on white where it is transparent.
 
     Args:
-      image: of Pillow, in any mode, turned as its EXIF data say; or an array (H, W), (H, W, 1), or
+      image: of Pillow, in any mode, rotated by its EXIF data; or an array (H, W), (H, W, 1), or
         (H, W, 3) or (H, W, 4) of red, green, blue and alpha: uint8, bool, or float from 0 to 1.
       name: for messages.
 
@@ -96,7 +96,7 @@ def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
 
 
 class _Rejoined:
-    """A stream whose first bytes were read already."""
+    """A stream whose first bytes have been read."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head, self._stream = head, stream
@@ -115,7 +115,7 @@ def open_pictures(path: Path) -> Iterator[Picture]:
     """Yields the pictures of a file, see `read_pictures`.
 
     Raises:
-      InputError: it cannot be read either.
+      InputError: also if the file cannot be opened.
     """
     try:
         with path.open("rb") as stream:
@@ -134,7 +134,9 @@ def _is_gnt(head: bytes) -> bool:
 def _decode(data: bytes, kind: str, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that are refused below, and of odd metadata
+            warnings.simplefilter(
+                "ignore"
+            )  # of sizes that are refused below, and of unusual metadata
             image = Image.open(io.BytesIO(data), formats=[kind])
             _check_size(image.size, name)
             image.load()
@@ -154,7 +156,7 @@ def _damaged(name: str, error: Exception) -> InputError:
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if not width * height:
-        raise InputError(f"{name}: {width} × {height} pixels: there is nothing to see")
+        raise InputError(f"{name}: {width} × {height} pixels: empty")
     if width * height > MAX_PIXELS:
         raise InputError(
             f"{name}: {width} × {height} pixels: at most {MAX_PIXELS // 10**6} million are read"

@@ -1,26 +1,26 @@
-"""Ink on paper: told apart under any light, and made into bitmaps like CASIA's."""
+"""Ink on paper: segmented under any lighting, and made into bitmaps like CASIA's."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
-from hccr_jax.data.images import normalize
-from hccr_jax.data.images.normalize import PAPER
+from hccr_jax.data.images.normalize import PAPER, ink_box
 from hccr_jax.errors import InputError
 
 CHARACTER_PX = 1024  # a picture of one character is reduced to this side: 64 pixels are needed
-CHARACTER_CELLS, PAGE_CELLS = 8, 24  # the light is followed in so many steps along a side
+CHARACTER_CELLS, PAGE_CELLS = 8, 24  # cells along a side in which the lighting is estimated
 MIN_CONTRAST = 25  # between paper and ink, of 255
 INK_RANGE = (95.0, 180.0)  # median grey of a bitmap's ink: nearly all of CASIA-HWDB1.1 lies there
 
 
 class Ink(NamedTuple):
-    """What is written.
+    """The writing on a picture.
 
     Attributes:
-      grey: uint8 (H, W), dark ink on paper of nearly 255, the light evened out.
+      grey: uint8 (H, W), dark ink on paper of nearly 255, under even lighting.
       mask: bool (H, W), the pixels that are clearly ink.
     """
 
@@ -31,11 +31,11 @@ class Ink(NamedTuple):
 def to_bitmap(grey: np.ndarray, name: str = "image") -> np.ndarray:
     """Returns a picture of one character as a bitmap like CASIA's: dark ink on paper of 255.
 
-    A clean bitmap comes back nearly as it is, cropped. Ink outside CASIA's range of grey values is
-    brought to its border.
+    A clean bitmap is hardly changed, but cropped. Ink outside CASIA's range of grey values is
+    brought to its limit.
 
     Args:
-      grey: uint8 (H, W), of any size; dark on light or light on dark, under any light.
+      grey: uint8 (H, W), of any size; dark on light or light on dark, under any lighting.
       name: for messages.
 
     Raises:
@@ -52,15 +52,15 @@ def to_bitmap(grey: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def find_ink(grey: np.ndarray, cells: int) -> Ink | None:
-    """Returns what is written on a picture, or None where nothing is.
+    """Returns the writing on a picture, or None without any.
 
-    Paper is what most of the border shows; ink lies on that side of it to which the grey values
-    reach further. The light is evened out by dividing by the paper's brightness, place by place.
+    Paper is the median of the border; ink is on that side of it to which the grey values reach
+    further. The picture is divided by the local brightness of the paper.
 
     Args:
       grey: uint8 (H, W).
-      cells: the light is followed in so many steps along the longer side; each must be wider than a
-        stroke.
+      cells: number of cells along the longer side in which the lighting is estimated; each must be
+        wider than a stroke.
     """
     if is_light_on_dark(grey):
         grey = PAPER - grey
@@ -100,7 +100,7 @@ def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Args:
       grey: uint8 (H, W), from `find_ink`.
-      mask: bool (H, W), the ink to take; some is there.
+      mask: bool (H, W), the ink to cut out; not empty.
     """
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     reach = 1 + int(max(np.ptp(rows), np.ptp(columns))) // 64
@@ -113,21 +113,23 @@ def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     wanted = float(np.clip(middle, *INK_RANGE))
     scale = (PAPER - wanted) / (PAPER - middle)
     bitmap = np.clip(PAPER - scale * (PAPER - grey.astype(np.float32)), 0, PAPER)
-    bitmap = np.where(_dilate(mask, reach), np.rint(bitmap), PAPER).astype(np.uint8)
-    box = normalize.ink_box(bitmap)
+    bitmap = np.where(
+        ndimage.maximum_filter(mask, 2 * reach + 1, mode="constant"), np.rint(bitmap), PAPER
+    ).astype(np.uint8)
+    box = ink_box(bitmap)
     return bitmap if box is None else bitmap[box[0] : box[1], box[2] : box[3]]
 
 
 def reduce_to(grey: np.ndarray, side_px: float) -> np.ndarray:
-    """Returns a picture whose longer side was divided by a whole number, to at most `side_px`."""
+    """Returns a picture reduced by a whole factor, so that its longer side is at most `side_px`."""
     factor = int(np.ceil(max(grey.shape) / side_px))
     return np.asarray(Image.fromarray(grey).reduce(factor)) if factor > 1 else grey
 
 
 def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
-    """Returns a picture divided by the brightness of its paper, place by place.
+    """Returns a picture divided by the local brightness of its paper.
 
-    The light is a surface of second degree, and what differs from it cell by cell.
+    The brightness is a surface of second degree times a remainder for each cell.
     """
     side = max(1, -(-max(grey.shape) // cells))
     starts = [np.arange(0, length, side) for length in grey.shape]
@@ -143,7 +145,7 @@ def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
         for start, length in zip(starts, grey.shape, strict=True)
     ]
     # A cell may be full of ink.
-    closed = _of_neighbours(_of_neighbours(level, np.max), np.min)
+    closed = _close(level)
     weights = _fit_light(level, level > 0.85 * closed, _terms(centres, grey.shape))
     if np.abs(weights[1:]).max() < 1.0:
         paper: Any = np.array([[weights[0]]])
@@ -153,7 +155,7 @@ def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
         for weight, term in zip(weights, _terms(pixels, grey.shape), strict=True):
             paper += np.float32(weight) * term.astype(np.float32)
         rest = level / np.maximum(np.tensordot(weights, _terms(centres, grey.shape), 1), 1.0)
-    rest = _of_neighbours(_of_neighbours(rest, np.max), np.min)
+    rest = _close(rest)
     if np.ptp(rest) > 0.06:
         # Bilinear between the cells' centres.
         size = rest.shape[1] * side, rest.shape[0] * side
@@ -166,14 +168,14 @@ def _even_out(grey: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _terms(places: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """Returns 1, x, y, x y, x² and y², (6, rows, columns), of places y and x in pixels."""
+    """Returns 1, x, y, x y, x² and y², (6, rows, columns), of coordinates y and x in pixels."""
     units = [2 * place / length - 1 for place, length in zip(places, shape, strict=True)]
     y, x = np.meshgrid(*units, indexing="ij")
     return np.stack([np.ones_like(x), x, y, x * y, x * x, y * y])
 
 
 def _fit_light(level: np.ndarray, is_paper: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """Returns the weights of the terms whose sum goes through the paper's brightness."""
+    """Returns the weights of the terms by which their sum fits the paper's brightness."""
     flat = np.zeros(len(terms))
     flat[0] = max(float(level.max()), 1.0)
     weights = flat
@@ -186,7 +188,7 @@ def _fit_light(level: np.ndarray, is_paper: np.ndarray, terms: np.ndarray) -> np
 
 
 def _around(mask: np.ndarray, factor: int) -> tuple[slice, slice]:
-    """Returns the window of the ink, and some paper, in pixels `factor` times as small."""
+    """Returns the window of the ink and some paper around it, in pixels `factor` times as small."""
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     edge = 4 + max(np.ptp(rows), np.ptp(columns)) // 4
     top, bottom, left, right = (
@@ -197,14 +199,13 @@ def _around(mask: np.ndarray, factor: int) -> tuple[slice, slice]:
     return slice(top, bottom), slice(left, right)
 
 
-def _of_neighbours(values: np.ndarray, take: Any) -> np.ndarray:
-    padded = np.pad(values, 1, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
-    return take(windows, axis=(2, 3)).astype(np.float32)
+def _close(values: np.ndarray) -> np.ndarray:
+    """Returns the grey-scale closing of values (rows, columns) by 3 × 3 cells, float32."""
+    return ndimage.grey_closing(values, 3, mode="nearest").astype(np.float32)
 
 
 def _otsu(grey: np.ndarray) -> int:
-    """Returns the grey value up to which pixels count as dark: the best split into two classes.
+    """Returns the grey value up to which pixels are dark, by the best split into two classes.
 
     Source: Otsu, "A threshold selection method from gray-level histograms", 1979.
     """
@@ -214,14 +215,3 @@ def _otsu(grey: np.ndarray) -> int:
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = (sums[-1] * below / total - sums) ** 2 / (below * (total - below))
     return int(np.nanargmax(np.append(np.nan_to_num(spread[:-1], posinf=0.0), 0.0)))
-
-
-def _dilate(mask: np.ndarray, reach: int) -> np.ndarray:
-    """Returns the pixels of which some lies in the mask at most `reach` away along each axis."""
-    for axis in (0, 1):
-        widths = [(reach + 1, reach) if i == axis else (0, 0) for i in (0, 1)]
-        sums = np.cumsum(np.pad(mask, widths), axis=axis, dtype=np.int32)
-        length = mask.shape[axis]
-        ahead = np.take(sums, np.arange(2 * reach + 1, length + 2 * reach + 1), axis)
-        mask = ahead > np.take(sums, np.arange(length), axis)
-    return mask

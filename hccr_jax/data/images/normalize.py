@@ -1,7 +1,7 @@
 """The normal form of a character image: the only one in the project.
 
-Training, evaluation, prediction and export all see a character through `normalize`, because a
-resize that differs between training and use costs more accuracy than any recipe wins.
+Training, evaluation, prediction and export all use `normalize`, because a resize that differs
+between training and use costs more accuracy than any recipe gains.
 """
 
 import functools
@@ -10,11 +10,11 @@ import math
 import numpy as np
 
 PAPER = 255
-INK_BELOW = 250  # a pixel at least this bright counts as paper when the ink box is sought
+INK_BELOW = 250  # a pixel at least this bright is paper for the ink box
 
 
 def ink_box(bitmap: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Returns (top, bottom, left, right) of the ink, half-open, or None where there is no ink.
+    """Returns (top, bottom, left, right) of the ink, half-open, or None without ink.
 
     Args:
       bitmap: uint8 (H, W), 255 is paper.
@@ -32,7 +32,7 @@ def resize_weights(length: int, side: float, image_px: int, margin_px: int) -> n
 
     The axis holds `length` source pixels centred in a square of `side`; the square fills the output
     but for `margin_px` pixels at each end. The kernel is a triangle, widened when shrinking, so
-    that thin strokes fade instead of breaking up. Pixel centres lie at half-integers. Everything
+    that thin strokes fade instead of breaking. Pixel centres lie at half-integers. Everything
     outside the source is paper (zero ink), so each row is divided by the kernel's sum over the
     whole line.
     """
@@ -48,9 +48,9 @@ def resize_weights(length: int, side: float, image_px: int, margin_px: int) -> n
 
 
 def squared_aspect(aspect: float) -> float:
-    """Returns the shorter side over the longer after the "adaptive" rule, from that before.
+    """Returns the ratio of the shorter side to the longer after the "adaptive" rule.
 
-    √(sin(π/2 · aspect)): elongated characters come nearer to a square, thin ones stay thin.
+    √(sin(π/2 · aspect)): elongated characters become more square, thin ones stay thin.
 
     Source: aspect-ratio adaptive normalisation, Liu, Nakashima, Sako and Fujisawa, "Handwritten
     digit recognition: investigation of normalization and feature extraction techniques", Pattern

@@ -1,6 +1,6 @@
-"""Strokes drawn with a mouse, pen or finger, made into bitmaps like CASIA's.
+"""Strokes drawn with a mouse, pen or finger, rasterised to bitmaps like CASIA's.
 
-`web/index.html` holds the same arithmetic in JavaScript; golden vectors hold the two together.
+`demo/index.html` has the same arithmetic in JavaScript; golden vectors keep the two equal.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from hccr_jax.errors import InputError
 
 MAX_POINTS = 10_000  # of a drawing
 MAX_COORDINATE = 1e6
-# Of the middle of what CASIA-HWDB1.1's writers leave, as `handwriting.create_writer` has it.
+# Medians of CASIA-HWDB1.1's writers, as in `synthetic.writer.create_writer`.
 LONG_PX = 80.0  # longer side of the ink
 PEN_PX = 2.1  # half the width of a line
 EDGE_PX = 2.2  # width of the soft edge of a line
@@ -24,16 +24,16 @@ MARGIN_PX = 4  # around the path: more than half a line with its edge
 
 
 def parse_strokes(value: Any) -> list[np.ndarray]:
-    """Returns the strokes of a drawing that came as JSON.
+    """Returns the strokes of a drawing given as JSON.
 
     Args:
       value: a list of strokes, each a list of points [x, y], y downwards, in any unit.
 
     Returns:
-      One float64 (points, 2) array for each stroke that has points; an empty list for no ink.
+      One float64 (points, 2) array for each stroke with points; an empty list without ink.
 
     Raises:
-      InputError: it is something else, or has more than `MAX_POINTS` points.
+      InputError: the value has another form, or more than `MAX_POINTS` points.
 
     >>> [stroke.tolist() for stroke in parse_strokes([[[1, 2], [3, 4.5]], []])]
     [[[1.0, 2.0], [3.0, 4.5]]]
@@ -58,8 +58,8 @@ def _is_place(value: Any) -> bool:
 def rasterize(strokes: Sequence[np.ndarray]) -> np.ndarray:
     """Returns strokes as a bitmap like CASIA's: round, soft-edged lines of one width.
 
-    The width is in proportion to the longer side of the ink, whatever the unit of the points. How
-    much of a pixel is covered follows from the distance of its centre to the nearest line.
+    The width is proportional to the longer side of the ink, for any unit of the points. The
+    coverage of a pixel follows from the distance of its centre to the nearest line.
 
     Args:
       strokes: float64 (points, 2) each, x to the right and y downwards; one point is a dot.
@@ -83,7 +83,7 @@ def rasterize(strokes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def cover(paths: Sequence[np.ndarray], shape: tuple[int, int], pen_px: float) -> np.ndarray:
-    """Returns how much of each pixel soft-edged lines cover, float64 (H, W) from 0 to 1.
+    """Returns the coverage of each pixel by soft-edged lines, float64 (H, W) from 0 to 1.
 
     Args:
       paths: float64 (points, 2) each, in pixels, x to the right and y downwards, none outside of
@@ -100,7 +100,7 @@ def cover(paths: Sequence[np.ndarray], shape: tuple[int, int], pen_px: float) ->
 
 
 def _draw_line(square: np.ndarray, start: np.ndarray, end: np.ndarray, reach: int) -> None:
-    """Lowers the squares of the distances to what they are to one straight line."""
+    """Lowers the squared distances to those to one straight line, where these are smaller."""
     low, high = np.minimum(start, end), np.maximum(start, end)
     left, top = (max(math.floor(place) - reach, 0) for place in low)
     right, bottom = (math.floor(place) + reach + 1 for place in high)

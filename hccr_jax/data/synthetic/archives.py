@@ -1,15 +1,8 @@
-"""The embedded data set `strokes`: archives like CASIA's, filled by simulated writers.
+"""The synthetic data set: archives like CASIA's by simulated writers; glyphs to label plots."""
 
-Other uses of the stroke medians stand here too: a clean drawing of a character to label plots.
-"""
-
-import contextlib
 import os
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +12,13 @@ from tqdm import tqdm
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.gnt import pack_record
 from hccr_jax.data.synthetic import medians
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.errors import InputError
-from hccr_jax.runtime.worker_pool import cpu_count
+from hccr_jax.runtime.worker_pool import WorkerPool
 
-FIRST_WRITER = 1001  # CASIA-HWDB1.1 counts its writers from here, those of the test split last
-# A full member has 20 MB and little of it is ink: higher levels take longer than the drawing.
+FIRST_WRITER = 1001  # CASIA-HWDB1.1 numbers its writers from here, those of the test split last
+# A full member has 20 MB, mostly paper: higher levels take longer than the drawing.
 COMPRESS_LEVEL = 1
 
 
@@ -36,7 +30,7 @@ def reference_glyph(character: str, size_px: int) -> np.ndarray | None:
       size_px: side S of the drawing in pixels.
 
     Returns:
-      uint8 (S, S), 255 is paper, ink 0; None where the character is not of level 1.
+      uint8 (S, S), 255 is paper, ink 0; None for a character beyond level 1.
 
     >>> bar = reference_glyph("一", 32) < 128
     >>> bool(bar.any(axis=0).sum() > 4 * bar.any(axis=1).sum()), reference_glyph("A", 32)
@@ -70,21 +64,21 @@ def write_gnt_archives(
 ) -> tuple[Path, Path]:
     """Writes the data set as two zip archives, one `.gnt` member a writer, on all cores.
 
-    The bytes depend on the characters, the numbers of writers and the seed only. An archive gets
-    its name when it is complete.
+    The bytes depend only on the arguments but the last two. An archive gets its name when it is
+    complete.
 
     Args:
-      directory: where the archives go; made where missing.
+      directory: of the archives; created if missing.
       characters: of level 1; every writer writes each of them once, in this order.
       num_train_writers: members 1001-c.gnt and on, at least 1.
       num_test_writers: the members that follow, in the second archive, at least 1.
       seed: of all writers.
-      cursiveness: theirs, see `handwriting.create_writer`.
-      processes: worker processes; None means one a core.
-      progress: whether to show a progress bar on stderr.
+      cursiveness: of all writers, see `writer.create_writer`.
+      processes: worker processes; None for one a core.
+      progress: show a progress bar on stderr.
 
     Returns:
-      The paths of `strokes_trn_gnt.zip` and `strokes_tst_gnt.zip`.
+      The paths of `synthetic_trn_gnt.zip` and `synthetic_tst_gnt.zip`.
 
     Raises:
       InputError: a number below 1, no characters, or one that is not of level 1.
@@ -92,15 +86,16 @@ def write_gnt_archives(
     _check_request(characters, num_train_writers, num_test_writers, seed)
     first_test = FIRST_WRITER + num_train_writers
     archives = (
-        (directory / "strokes_trn_gnt.zip", range(FIRST_WRITER, first_test)),
-        (directory / "strokes_tst_gnt.zip", range(first_test, first_test + num_test_writers)),
+        (directory / "synthetic_trn_gnt.zip", range(FIRST_WRITER, first_test)),
+        (directory / "synthetic_tst_gnt.zip", range(first_test, first_test + num_test_writers)),
     )
     directory.mkdir(parents=True, exist_ok=True)
     total = (num_train_writers + num_test_writers) * len(characters)
-    bar = tqdm(total=total, desc="strokes", unit=" characters", disable=not progress)
-    with _single_threaded_workers(processes or cpu_count()) as pool, bar:
+    bar = tqdm(total=total, desc="synthetic", unit=" characters", disable=not progress)
+    with WorkerPool(processes) as pool, bar:
         for path, writers in archives:
-            members = _members(pool, writers, "".join(characters), seed, cursiveness)
+            tasks = [("".join(characters), writer, seed, cursiveness) for writer in writers]
+            members = pool.stream(write_member, tasks)
             _write_archive(path, writers, members, lambda: bar.update(len(characters)))
     return archives[0][0], archives[1][0]
 
@@ -112,7 +107,7 @@ def write_member(characters: str, writer_number: int, seed: int, cursiveness: fl
     '一'
     """
     writer = create_writer([seed, writer_number], cursiveness)
-    # The third number keeps this stream apart from the one that made the writer.
+    # The third number separates this stream from that of the writer's habits.
     rng = np.random.default_rng([seed, writer_number, 1])
     return b"".join(
         pack_record(charset.character_to_tag(character), draw(character, writer, rng))
@@ -131,41 +126,10 @@ def _check_request(
     }
     for name, (value, least) in counts.items():
         if value < least:
-            raise InputError(f"strokes: {name}: got {value}, at least {least} is needed")
+            raise InputError(f"synthetic: {name}: got {value}, at least {least} is needed")
     unknown = [character for character in characters if character not in charset.class_index()]
     if unknown:
-        raise InputError(f"strokes: character {unknown[0]!r}: not of GB2312 level 1")
-
-
-@contextlib.contextmanager
-def _single_threaded_workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Opens a pool whose NumPy starts no threads: the cores are taken by the processes already."""
-    previous = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    try:
-        pool = ProcessPoolExecutor(processes, get_context("spawn"))
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-    finally:
-        if previous is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = previous
-
-
-def _members(
-    pool: ProcessPoolExecutor, writers: range, characters: str, seed: int, cursiveness: float
-) -> Iterator[bytes]:
-    """Yields the writers' files in order, with few of them waiting in memory."""
-    pending: deque[Future[bytes]] = deque()
-    for writer in writers:
-        pending.append(pool.submit(write_member, characters, writer, seed, cursiveness))
-        if len(pending) > 2 * cpu_count():
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        raise InputError(f"synthetic: character {unknown[0]!r}: not of GB2312 level 1")
 
 
 def _write_archive(
@@ -175,7 +139,7 @@ def _write_archive(
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
             for writer, content in zip(writers, members, strict=True):
-                # A ZipInfo made by hand has a fixed date, so that equal content gives equal bytes.
+                # A new ZipInfo has a fixed date, so that equal content gives equal bytes.
                 entry = zipfile.ZipInfo(f"{writer}-c.gnt")
                 archive.writestr(entry, content, zipfile.ZIP_DEFLATED, COMPRESS_LEVEL)
                 on_member()

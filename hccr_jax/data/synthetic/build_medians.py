@@ -4,8 +4,8 @@ Usage, with the package fetched by `npm pack hanzi-writer-data@2.0.1` and unpack
 
   python build_medians.py PATH_OF_PACKAGE
 
-Notice of changes, as the Arphic Public License (ARPHICPL.TXT beside this file) asks for: see
-`NOTICE`, which also stands inside `medians.npz`.
+Notice of changes, as the Arphic Public License (ARPHICPL.TXT in this folder) requires: see
+`NOTICE`, which is also stored in `medians.npz`.
 """
 
 import io
@@ -57,7 +57,7 @@ def collect_medians(package: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes what `numpy.load` reads, with fixed dates: equal arrays give equal bytes."""
+    """Writes a file for `numpy.load` with fixed dates: equal arrays give equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
             member = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Stroke medians of the level-1 characters: the way of a pen that writes them, as stored."""
+"""Stroke medians of the level-1 characters: the path of a pen that writes them."""
 
 import functools
 import itertools
@@ -16,8 +16,8 @@ def load_medians() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
       points: int16 (212886, 2), x to the right and y upwards, 1024 units a side.
-      stroke_offsets: int32 (36671,), where each stroke's points begin, and the end.
-      character_offsets: int32 (3756,), where each character's strokes begin, and the end.
+      stroke_offsets: int32 (36671,), the start of each stroke's points, and the end.
+      character_offsets: int32 (3756,), the start of each character's strokes, and the end.
 
     Source: hanzi-writer-data 2.0.1, see build_medians.py.
 
