@@ -20,14 +20,14 @@ from absl import flags
 
 from hccr_jax.data import labelled_images
 from hccr_jax.data.prepare import Prepared, prepare
-from hccr_jax.errors import InputError
+from hccr_jax.errors import InputError, shorten
 
 
 def _summary(prepared: Prepared, seconds: float) -> str:
     manifest = prepared.manifest
     done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
     if manifest.get("faults"):
-        done += f", without {len(manifest['faults']):,} pictures that cannot be used"
+        done += f", without {len(manifest['faults']):,} unusable pictures"
     lines = [f"{prepared.folder}: {done}"]
     for split, count in manifest["characters_per_split"].items():
         names = manifest["characters_per_writer"][split]
@@ -38,8 +38,7 @@ def _summary(prepared: Prepared, seconds: float) -> str:
         lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
     if missing := manifest.get("not_trained"):
         lines.append(
-            f"  {len(missing):,} of the charset without training images: "
-            f"{labelled_images.tell(missing, ' ')}"
+            f"  {len(missing):,} of the charset without training images: {shorten(missing, ' ')}"
         )
     return "\n".join(lines)
 

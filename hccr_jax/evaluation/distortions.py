@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hccr_jax.data import splits
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import PAPER, normalize
 from hccr_jax.runtime.worker_pool import Advance, WorkerPool
 
 SEED = 9000  # of all draws: the paper's number of distorted images
@@ -134,9 +134,7 @@ def distort(
     bitmap = bitmap[::-1] if flip_up_down else bitmap
     if angle_deg:
         image = Image.fromarray(_squared(bitmap))
-        bitmap = np.asarray(
-            image.rotate(angle_deg, Image.Resampling.BILINEAR, fillcolor=normalize.PAPER)
-        )
+        bitmap = np.asarray(image.rotate(angle_deg, Image.Resampling.BILINEAR, fillcolor=PAPER))
     height, width = bitmap.shape
     size = max(1, round(width * width_factor)), max(1, round(height * height_factor))
     if size != (width, height):
@@ -172,9 +170,7 @@ def _make(task: _Task, advance: Advance) -> np.ndarray:
     images = np.empty((len(rows), source.image_px, source.image_px), np.uint8)
     for place, (bitmap, (_, *how)) in enumerate(zip(bitmaps, task.draws.tolist(), strict=True)):
         distorted = distort(bitmap, *how)
-        images[place] = normalize.normalize(
-            distorted, source.image_px, source.margin_px, source.aspect
-        )
+        images[place] = normalize(distorted, source.image_px, source.margin_px, source.aspect)
         advance(1)
     return images
 
@@ -184,7 +180,7 @@ def _squared(bitmap: np.ndarray) -> np.ndarray:
     height, width = bitmap.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    square = np.full((side, side), normalize.PAPER, np.uint8)
+    square = np.full((side, side), PAPER, np.uint8)
     square[top : top + height, left : left + width] = bitmap
     return square
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hccr_jax.data.images import normalize, strokes
-from hccr_jax.data.images.normalize import PAPER
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.images import strokes
+from hccr_jax.data.images.normalize import INK_BELOW, PAPER, ink_box
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 
 # Strokes on a grid of 4 by 6, two digits a point; no sign that is a character as well (+, T, O).
 SYMBOLS = {
@@ -59,11 +60,11 @@ def cross_out(bitmap: np.ndarray, kind: str, rng: np.random.Generator) -> np.nda
       uint8 (H', W'), somewhat larger, as lines reach beyond the character. A bitmap without ink
       comes back as it is.
     """
-    box = normalize.ink_box(bitmap)
+    box = ink_box(bitmap)
     if box is None:
         return bitmap
     top, bottom, left, right = box
-    darkness = PAPER - float(np.median(bitmap[bitmap < normalize.INK_BELOW]))
+    darkness = PAPER - float(np.median(bitmap[bitmap < INK_BELOW]))
     pen_px = 0.5 * _stroke_width(bitmap, darkness) * rng.uniform(0.7, 1.3)
     # A thin character is crossed out by more than its own width.
     half = np.maximum((right - left, bottom - top), 0.6 * max(right - left, bottom - top)) / 2

@@ -8,7 +8,7 @@ import numpy as np
 
 from hccr_jax.data import splits, store
 from hccr_jax.data.casia import charset
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.evaluation import negatives
 from hccr_jax.evaluation.distortions import Source
 from hccr_jax.inference.rejector import Rejector
@@ -119,4 +119,4 @@ def _bitmaps(source: Source, rows: np.ndarray) -> list[np.ndarray]:
 
 def _forms(bitmaps: Sequence[np.ndarray], source: Source) -> np.ndarray:
     form = source.image_px, source.margin_px, source.aspect
-    return np.stack([normalize.normalize(bitmap, *form) for bitmap in bitmaps])
+    return np.stack([normalize(bitmap, *form) for bitmap in bitmaps])

@@ -15,9 +15,10 @@ from flax import nnx
 
 import hccr_jax
 from hccr_jax import config as config_lib
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.data.splits import Split
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.errors import InputError
 from hccr_jax.export import litert_file, onnx_file, safetensors_file, stablehlo_file
 from hccr_jax.export.graph import fold
@@ -225,10 +226,8 @@ def golden_images(pretrained: Pretrained) -> np.ndarray:
     classes, data = pretrained.classes, pretrained.config.data
     writer, rng = create_writer(0), np.random.default_rng(0)
     rows = np.linspace(0, len(classes) - 1, GOLDEN_PAIRS).round().astype(int)
-    normalization = [data[key] for key in NORMAL_FORM]
-    return np.stack(
-        [normalize.normalize(draw(classes[row], writer, rng), *normalization) for row in rows]
-    )
+    form = [data[key] for key in NORMAL_FORM]
+    return np.stack([normalize(draw(classes[row], writer, rng), *form) for row in rows])
 
 
 def read_golden(output: Path) -> Golden:

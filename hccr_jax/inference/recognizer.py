@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 from PIL import Image
 
-from hccr_jax.data.images import files, ink, normalize
+from hccr_jax.data.images import files, ink
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.errors import InputError
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.inference.rejector import REJECTOR, Rejector, to_traits
@@ -154,7 +155,7 @@ class Recognizer:
 
     def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
         """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""
-        return normalize.normalize(bitmap, *self.form)
+        return normalize(bitmap, *self.form)
 
     def classify(self, forms: np.ndarray, top: int = 5) -> list[list[Candidate]]:
         """Returns the best candidates for images in normal form, best first.

@@ -28,7 +28,7 @@ from hccr_jax.runtime import distributed, sharding, signals, watchdog
 from hccr_jax.runtime.checkpoints import Checkpoints, find_steps
 from hccr_jax.runtime.failpoints import failpoint
 from hccr_jax.runtime.rng import AUGMENT, row_keys
-from hccr_jax.runtime.run_log import MetricsWriter
+from hccr_jax.runtime.run_log import RunLog
 from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.startup import Timeline
 from hccr_jax.runtime.workdir import check_room, check_writable, only_writer
@@ -145,7 +145,7 @@ def train(
     if distributed.is_primary():
         (workdir / "eval.json").unlink(missing_ok=True)  # of a shorter run
     chunks, train_chunk = _prepare(setup, state, timeline)
-    with MetricsWriter(workdir, step, steps.total) as writer, signals.saving() as stop_requested:
+    with RunLog(workdir, step, steps.total) as writer, signals.saving() as stop_requested:
         should_stop = sharding.make_any_process(stop_requested, setup.network.mesh)
         save = functools.partial(
             evaluate_and_save, setup, workdir, checkpoints, writer, should_stop
@@ -184,7 +184,7 @@ def train(
 
 
 def evaluate_and_save(
-    setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, writer: MetricsWriter,
+    setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, writer: RunLog,
     should_stop: Callable[[], bool], step: int, state: TrainState, evaluates: bool,
 ) -> bool:  # fmt: skip
     """Evaluates the state if it is due, saves it, and returns whether the run may go on.
@@ -272,7 +272,7 @@ def fit(setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline:
     state = dataclasses.replace(setup.initial, params=params)
     scores = _validate(setup, state, network.batch_stats)
     row = {f"eval/{name}": score for name, score in scores.items()}
-    with MetricsWriter(workdir, 0, total) as writer:
+    with RunLog(workdir, 0, total) as writer:
         writer.write(total, {"images_per_second": total * config.batch_size / seconds, **row})
     items = {"params": params, "eval_batch_stats": network.batch_stats}
     checkpoints.save(total, items, checkpoint_metadata(setup), scores)

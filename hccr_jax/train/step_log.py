@@ -10,7 +10,7 @@ import jax
 
 from hccr_jax.data.epoch_order import batch_rows
 from hccr_jax.runtime import distributed
-from hccr_jax.runtime.run_log import MetricsWriter
+from hccr_jax.runtime.run_log import RunLog
 from hccr_jax.runtime.workdir import replace_text
 from hccr_jax.train.setup import TrainingSetup
 from hccr_jax.train.step import NEVER
@@ -20,7 +20,7 @@ class StepLog:
     """The steps since the last row: their metrics, still on the devices, and the time they took."""
 
     def __init__(
-        self, setup: TrainingSetup, workdir: Path, writer: MetricsWriter, step: int
+        self, setup: TrainingSetup, workdir: Path, writer: RunLog, step: int
     ) -> None:
         """Starts at a step; the arguments are those of the run."""
         self._setup, self._workdir, self._writer = setup, workdir, writer

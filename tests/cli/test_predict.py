@@ -15,10 +15,12 @@ from PIL import Image
 from scipy import ndimage
 
 from hccr_jax.cli import predict
-from hccr_jax.data.images import files, ink, normalize
+from hccr_jax.data.images import files, ink
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.data.splits import load_split
 from hccr_jax.data.synthetic.archives import write_member
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.errors import InputError
 from hccr_jax.evaluation.evaluate import evaluate
 from hccr_jax.inference import pages
@@ -116,8 +118,8 @@ def test_every_picture_of_a_character_has_its_normal_form(name: str):
         bitmap = write(character, seed)
         data = VARIANTS[name](on_paper(bitmap))
         (picture,) = files.read_pictures(io.BytesIO(data), name)
-        ours = normalize.normalize(ink.to_bitmap(picture.grey), 64, 4).astype(float)
-        expected = normalize.normalize(bitmap, 64, 4).astype(float)
+        ours = normalize(ink.to_bitmap(picture.grey), 64, 4).astype(float)
+        expected = normalize(bitmap, 64, 4).astype(float)
         assert np.abs(ours - expected).mean() < 5.0
         assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.98
 
@@ -155,7 +157,7 @@ def test_a_gnt_file_is_answered_as_in_an_evaluation(
     (run / "eval.json").unlink()  # so the probabilities are the network's own
     pretrained = load_pretrained(run)
     network, data = pretrained.network, pretrained.config.data
-    (name,) = (path.name for path in Path(data.data_dir).glob("strokes_8c*"))
+    (name,) = (path.name for path in Path(data.data_dir).glob("synthetic_8c*"))
     split = load_split(name, data.data_dir, "test", *(data[key] for key in NORMAL_FORM))
     answers = evaluate(
         network.eval_step, network.params, network.batch_stats, split, 20, network.mesh
@@ -192,7 +194,7 @@ def test_no_number_of_images_compiles_anew(recognizer: Recognizer):
 def test_a_run_calibrates_itself_on_validation_writers(finished: Path, recognizer: Recognizer):
     results = json.loads((finished / "eval.json").read_text())
     data = load_pretrained(finished).config.data
-    (name,) = (path.name for path in Path(data.data_dir).glob("strokes_8c*"))
+    (name,) = (path.name for path in Path(data.data_dir).glob("synthetic_8c*"))
     form = [data[key] for key in NORMAL_FORM]
     logits = {}
     for part in ("validation", "test"):
@@ -272,8 +274,8 @@ def test_characters_of_a_page_are_found_in_order(vertical: bool):
     assert_near_boxes(lines, boxes)
     for line, expected in zip(lines, boxes, strict=True):
         for character, (left, top, right, bottom) in zip(line, expected, strict=True):
-            form = normalize.normalize(character.bitmap, 64, 4).astype(float)
-            alone = normalize.normalize(page[top:bottom, left:right], 64, 4)
+            form = normalize(character.bitmap, 64, 4).astype(float)
+            alone = normalize(page[top:bottom, left:right], 64, 4)
             assert np.abs(form - alone).mean() < 4.0
 
 

@@ -205,7 +205,7 @@ def test_batch_that_does_not_split_over_the_devices(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.data.test_split=tset", "split 'tset' of strokes_8c_12w_3t_100h in "),
+        ("--config.data.test_split=tset", "split 'tset' of synthetic_8c_12w_3t_cursive100 in "),
         ("--config.batch_size=96", "config.batch_size=96: more than the 88 training images"),
     ],
 )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hccr_jax.data.casia import archives
-from hccr_jax.data.casia.gnt import pack_record, read_records
+from hccr_jax.data.casia.gnt import OnFault, pack_record, read_records
 from hccr_jax.errors import InputError
 
 EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -138,7 +138,7 @@ def write_whole_zip(path: Path) -> dict[str, bytes]:
     return members
 
 
-def read_zip(path: Path, on_fault: archives.OnFault | None = None) -> dict[str, bytes]:
+def read_zip(path: Path, on_fault: OnFault | None = None) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     for member in archives.list_members([path], on_fault):
         losses: list[int] = []

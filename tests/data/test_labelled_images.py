@@ -15,7 +15,8 @@ from hccr_jax.cli.prepare import main, prepare
 from hccr_jax.data import labelled_images, splits, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.gnt import pack_record
-from hccr_jax.data.images import ink, normalize
+from hccr_jax.data.images import ink
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.errors import InputError
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.runtime.startup import Timeline
@@ -71,7 +72,7 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
         assert (
             labelled_images.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
         )
-        exact = normalize.normalize(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
+        exact = normalize(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
         np.testing.assert_array_equal(loaded.images[row], exact)
 
 
@@ -109,7 +110,7 @@ def test_folders_may_tell_the_split(tmp_path: Path) -> None:
     assert all("/test/" in source for source in found["test"])
     assert all("/train/" in source for source in found["train"] | found["validation"])
     save(tmp_path / "mine" / "一" / "x.png", picture(5))
-    with pytest.raises(InputError, match=r"x.png: its split is not told, those of others are"):
+    with pytest.raises(InputError, match=r"x.png: has no split, others have"):
         prepare([], tmp_path / "data", "mine", pictures=tmp_path / "mine")
 
 
@@ -179,13 +180,13 @@ def test_unusable_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     flags = ["prepare", f"--pictures={root}", f"--data_dir={tmp_path / 'data'}", "--name=mine"]
     assert main(flags) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "pictures that cannot be used: 5" in last
+    assert "unusable pictures: 5" in last
     assert all(name in last for name in bad)
     assert not (tmp_path / "data" / "mine").exists()
     assert main([*flags, "--on_error=skip"]) == 0
     printed = capsys.readouterr()
     assert "passed over 1 (5 bytes): neither a .png nor a .jpg file" in printed.out
-    assert "without 5 pictures that cannot be used" in printed.out
+    assert "without 5 unusable pictures" in printed.out
     warnings = [line for line in printed.err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 5
     manifest = store.read_manifest("mine", tmp_path / "data")
@@ -221,7 +222,7 @@ def test_a_charset_is_read_in_its_order(text: str, tmp_path: Path) -> None:
         ("永水永".encode(), "more than once: 永$"),
         ("永水\ue000\x07".encode(), r"no characters: U\+E000, U\+0007$"),
         (b"\xff\xfe", "not UTF-8"),
-        (b"", "two characters at least"),
+        (b"", "at least two characters"),
     ],
 )
 def test_a_wrong_charset_is_told(content: bytes, message: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hccr_jax.cli.prepare import main, prepare
 from hccr_jax.data import splits, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.gnt import pack_record
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.errors import InputError
 
 # In GB2312 order, not in Unicode order; the last one is written by test writers only.
@@ -162,7 +162,7 @@ def test_bitmaps_come_back_bit_exact_and_in_order(prepared: Path, split: str) ->
         assert loaded.sources[row] == f"{archive}/{writer}-c.gnt"
         assert loaded.classes[loaded.labels[row]] == character
         np.testing.assert_array_equal(original, bitmap(writer, record - test))
-        np.testing.assert_array_equal(loaded.images[row], normalize.normalize(original, 32, 2))
+        np.testing.assert_array_equal(loaded.images[row], normalize(original, 32, 2))
     if "+" not in split:
         identity = list(zip(loaded.writers, loaded.record_numbers, strict=True))
         assert identity == sorted(identity)
@@ -170,7 +170,7 @@ def test_bitmaps_come_back_bit_exact_and_in_order(prepared: Path, split: str) ->
 
 def test_each_aspect_has_arrays_of_its_own(prepared: Path) -> None:
     def arrays() -> set[Path]:
-        return set(store.dataset_folder("casia_hwdb", prepared).glob("normalize/*24px*/images*"))
+        return set(store.dataset_folder("casia_hwdb", prepared).glob("normal_form/*24px*/images*"))
 
     loaded, files = {}, [arrays()]
     for aspect in ("keep", "adaptive"):
@@ -179,7 +179,7 @@ def test_each_aspect_has_arrays_of_its_own(prepared: Path) -> None:
     assert [len(there) for there in files] == [0, 1, 2]
     originals = splits.load_bitmaps("casia_hwdb", prepared, "test", range(12))
     for aspect, images in loaded.items():
-        exact = [normalize.normalize(original, 24, 2, aspect) for original in originals]
+        exact = [normalize(original, 24, 2, aspect) for original in originals]
         np.testing.assert_array_equal(images, exact)
     assert (loaded["keep"] != loaded["adaptive"]).any()
     np.testing.assert_array_equal(
@@ -306,7 +306,7 @@ def test_two_processes_may_ask_for_a_new_split_at_once(prepared: Path) -> None:
     printed = {process.communicate()[0] for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert len(printed) == 1
-    left = store.dataset_folder("casia_hwdb", prepared).glob("normalize/*48px*.part")
+    left = store.dataset_folder("casia_hwdb", prepared).glob("normal_form/*48px*.part")
     assert not list(left)
 
 

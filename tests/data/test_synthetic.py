@@ -8,6 +8,7 @@ import pytest
 
 from hccr_jax.data.casia import charset, gnt
 from hccr_jax.data.synthetic import archives, medians, writer
+from hccr_jax.data.synthetic.draw import draw
 from hccr_jax.errors import InputError
 
 CHARACTERS = "一丁七万上下永乾"
@@ -56,9 +57,9 @@ def test_reference_glyph_covers_level_1_only() -> None:
 def test_same_state_gives_the_same_bitmap_and_the_next_instance_differs() -> None:
     hand = writer.create_writer(3)
     rng, again = np.random.default_rng(5), np.random.default_rng(5)
-    first = writer.draw("永", hand, rng)
-    np.testing.assert_array_equal(first, writer.draw("永", hand, again))
-    second = writer.draw("永", hand, rng)
+    first = draw("永", hand, rng)
+    np.testing.assert_array_equal(first, draw("永", hand, again))
+    second = draw("永", hand, rng)
     assert first.shape != second.shape or (first != second).any()
 
 
@@ -66,7 +67,7 @@ def test_bitmaps_are_tight_and_within_the_limits_of_casia() -> None:
     rng = np.random.default_rng(0)
     characters = [*charset.level1()[::29], *"一二三丁卜", *"一二三丁卜"]
     for seed, character in enumerate(characters):
-        bitmap = writer.draw(character, writer.create_writer(seed % 40), rng)
+        bitmap = draw(character, writer.create_writer(seed % 40), rng)
         height, width = bitmap.shape
         assert bitmap.dtype == np.uint8
         assert 18 <= width <= 119, character
@@ -78,12 +79,12 @@ def test_bitmaps_are_tight_and_within_the_limits_of_casia() -> None:
 
 def test_level_1_characters_can_be_drawn() -> None:
     hand, rng = writer.create_writer(0), np.random.default_rng(0)
-    assert all(writer.draw(c, hand, rng).size for c in charset.level1()[::9])
+    assert all(draw(c, hand, rng).size for c in charset.level1()[::9])
 
 
 def test_draw_refuses_other_characters() -> None:
     with pytest.raises(InputError, match="'A'"):
-        writer.draw("A", writer.create_writer(0), np.random.default_rng(0))
+        draw("A", writer.create_writer(0), np.random.default_rng(0))
 
 
 def test_archives_parse_back_and_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_archives_parse_back_and_do_not_depend_on_the_number_of_processes(tmp_pa
     two = archives.write_gnt_archives(
         tmp_path / "two", CHARACTERS, 3, 2, seed=7, processes=2, progress=False
     )
-    assert [path.name for path in one] == ["strokes_trn_gnt.zip", "strokes_tst_gnt.zip"]
+    assert [path.name for path in one] == ["synthetic_trn_gnt.zip", "synthetic_tst_gnt.zip"]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [p.name for p in one]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from hccr_jax.data.casia import charset
-from hccr_jax.data.images import normalize, strokes
+from hccr_jax.data.images import strokes
+from hccr_jax.data.images.normalize import normalize
 from hccr_jax.data.synthetic import medians
 
 PATH = Path(__file__).parent / "golden_drawings.json"
@@ -34,7 +35,7 @@ def golden() -> list[dict]:
     for index, drawing in enumerate(DRAWINGS):
         form = FORMS[index % len(FORMS)]
         bitmap = strokes.rasterize(strokes.parse_strokes(drawing))
-        image = normalize.normalize(bitmap, *form)
+        image = normalize(bitmap, *form)
         data = base64.b64encode(image.tobytes()).decode()
         rows.append({"strokes": drawing, "form": form, "image": data})
     return rows

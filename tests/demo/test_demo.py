@@ -25,8 +25,10 @@ from PIL import Image
 
 from hccr_jax.cli import serve
 from hccr_jax.data.casia.archives import list_members, read_member
-from hccr_jax.data.images import normalize, strokes
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.images import strokes
+from hccr_jax.data.images.normalize import ink_box
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.demo import description, server
 from hccr_jax.demo.server import create_server
 from hccr_jax.errors import InputError
@@ -198,7 +200,7 @@ def test_drawn_lines_are_as_those_of_casia():
         shares.append((bitmap < 200).sum() / max(bitmap.shape) ** 2)
         greys.append(np.median(bitmap[bitmap < 200]))
     bitmap = strokes.rasterize(strokes.parse_strokes(character_strokes("永")))
-    top, bottom, left, right = normalize.ink_box(bitmap)
+    top, bottom, left, right = ink_box(bitmap)
     side = max(bottom - top, right - left)
     low, high = np.quantile(shares, (0.1, 0.9))
     assert low < (bitmap < 200).sum() / side**2 < high

@@ -93,7 +93,7 @@ def test_a_label_that_is_ruled_out_pulls_at_nothing():
 def test_only_training_labels_are_shuffled(tiny_job: list[str]):
     config = main.parse(["main", *tiny_job, "--config.data.label_noise=0.25"]).config
     job = create_training_setup(config, Timeline())
-    name, folder = "strokes_8c_12w_3t_100h", config.data.data_dir
+    name, folder = "synthetic_8c_12w_3t_cursive100", config.data.data_dir
     for split in ("train", "validation", "test"):
         clean = load_split(name, folder, split, 32, 2)
         ours = getattr(job, split)
@@ -128,7 +128,7 @@ def test_the_command_lists_suspects(tiny_job: list[str], tmp_path: Path):
     rows = content["suspects"]
     assert (content["step"], content["characters"], len(rows)) == (4, 88, 10)
     config = main.parse(["main", *tiny_job]).config
-    train = load_split("strokes_8c_12w_3t_100h", config.data.data_dir, "train", 32, 2)
+    train = load_split("synthetic_8c_12w_3t_cursive100", config.data.data_dir, "train", 32, 2)
     labels = shuffle_labels(train.labels, 0.25, 8, seed=5)
     for row in rows:
         place = row["row"]

@@ -12,7 +12,8 @@ from flax import nnx
 
 from hccr_jax.cli import predict
 from hccr_jax.data.casia.charset import level1
-from hccr_jax.data.synthetic.writer import create_writer, draw
+from hccr_jax.data.synthetic.draw import draw
+from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.evaluation import negatives
 from hccr_jax.evaluation.distortions import Source
 from hccr_jax.evaluation.rejection import evaluate_rejection
@@ -175,7 +176,7 @@ def test_a_run_tells_what_its_rejector_is_worth(finished: Path) -> None:
 def test_a_handful_of_images_is_enough(finished: Path, tmp_path: Path) -> None:
     """Three images are crossed out in three of the five manners."""
     config = load_pretrained(finished).config
-    (name,) = (path.name for path in Path(config.data.data_dir).glob("strokes_8c*"))
+    (name,) = (path.name for path in Path(config.data.data_dir).glob("synthetic_8c*"))
     source = Source(name, config.data.data_dir, "train+validation", 32, 2, "keep")
 
     def read(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from scipy import ndimage
 from hccr_jax import main
 from hccr_jax.data import splits
 from hccr_jax.data.from_config import dataset_name, load
-from hccr_jax.data.images import normalize
+from hccr_jax.data.images.normalize import PAPER, ink_box, normalize
 from hccr_jax.evaluation import distortions
 from hccr_jax.evaluation.distortions import DRAW, Source, distort, distorted_images
 from hccr_jax.runtime.worker_pool import WorkerPool
@@ -20,17 +20,17 @@ def blob(height: int, width: int, paper: int = 0) -> np.ndarray:
     noise = np.random.default_rng(0).random((height, width))
     ink = ndimage.gaussian_filter(noise, 2.0)
     ink = 255 * (ink - ink.min()) / (ink.max() - ink.min())
-    return np.pad(ink.astype(np.uint8), paper, constant_values=normalize.PAPER)
+    return np.pad(ink.astype(np.uint8), paper, constant_values=PAPER)
 
 
 def bar(height: int, width: int) -> np.ndarray:
     """Returns a black rectangle inside ten pixels of paper."""
-    return np.pad(np.zeros((height, width), np.uint8), 10, constant_values=normalize.PAPER)
+    return np.pad(np.zeros((height, width), np.uint8), 10, constant_values=PAPER)
 
 
 def dark_box(bitmap: np.ndarray) -> tuple[int, int, int, int] | None:
     """Returns the box of what is darker than half."""
-    return normalize.ink_box(np.where(bitmap < 128, 0, 255).astype(np.uint8))
+    return ink_box(np.where(bitmap < 128, 0, 255).astype(np.uint8))
 
 
 def test_flips_reverse_the_array() -> None:
@@ -49,23 +49,21 @@ def test_a_quarter_turn_is_exact_and_counter_clockwise(quarters: int) -> None:
 
 def test_what_is_not_square_is_padded_with_paper_before_it_is_turned() -> None:
     bitmap = blob(8, 20)
-    square = np.pad(bitmap, ((6, 6), (0, 0)), constant_values=normalize.PAPER)
+    square = np.pad(bitmap, ((6, 6), (0, 0)), constant_values=PAPER)
     np.testing.assert_array_equal(distort(bitmap, angle_deg=90.0), np.rot90(square))
 
 
 @pytest.mark.parametrize("angle", [-60.0, -17.3, 25.0])
 def test_rotation_is_scipys(angle: float) -> None:
     bitmap = blob(40, 40, paper=20)
-    expected = ndimage.rotate(
-        bitmap.astype(np.float64), angle, reshape=False, order=1, cval=normalize.PAPER
-    )
+    expected = ndimage.rotate(bitmap.astype(np.float64), angle, reshape=False, order=1, cval=PAPER)
     np.testing.assert_allclose(distort(bitmap, angle_deg=angle), expected, atol=1.01)
 
 
 def test_ink_that_leaves_the_square_is_lost_and_paper_comes_in() -> None:
     turned = distort(np.zeros((40, 40), np.uint8), angle_deg=45.0)
     assert turned.shape == (40, 40)
-    assert (turned[[0, 0, -1, -1], [0, -1, 0, -1]] == normalize.PAPER).all()
+    assert (turned[[0, 0, -1, -1], [0, -1, 0, -1]] == PAPER).all()
     # A square turned by 45° in its own frame: the regular octagon, 2(√2 − 1) of it.
     assert (turned == 0).mean() == pytest.approx(2 * (2**0.5 - 1), abs=0.03)
 
@@ -159,4 +157,4 @@ def test_images_are_in_the_normal_form_of_the_run(tiny_job: list[str]) -> None:
     bitmaps = splits.load_bitmaps(source.name, source.data_dir, "train", draws["row"])
     for image, bitmap, angle in zip(images, bitmaps, draws["angle_deg"].tolist(), strict=True):
         distorted = distort(bitmap, angle_deg=angle)
-        np.testing.assert_array_equal(image, normalize.normalize(distorted, 48, 3, "adaptive"))
+        np.testing.assert_array_equal(image, normalize(distorted, 48, 3, "adaptive"))

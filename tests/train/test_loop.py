@@ -131,7 +131,7 @@ def test_evaluation_is_that_of_one_image_at_a_time(finished: Path, tiny_job: lis
     apply, params, batch_stats = split_model(model)
     params = arrays.restore(folder / "params", params)
     batch_stats = arrays.restore(folder / "eval_batch_stats", batch_stats)
-    split = load_split("strokes_8c_12w_3t_100h", config.data.data_dir, "test", 32, 2)
+    split = load_split("synthetic_8c_12w_3t_cursive100", config.data.data_dir, "test", 32, 2)
     forward = jax.jit(lambda image: apply(params, batch_stats, image)[0])
     images = split.images[:, None, :, :, None].astype(np.float32) / np.float32(255)
     logits = np.concatenate([forward(image) for image in images]).astype(np.float64)
