@@ -1,4 +1,4 @@
-"""Which records a training step sees: a pure function of the seed and the step."""
+"""The records of each training step: a pure function of the seed and the step."""
 
 import functools
 from types import ModuleType
@@ -10,8 +10,8 @@ import numpy as np
 def batch_rows(seed: int, step: int, batch_size: int, num_records: int) -> np.ndarray:
     """Returns the record numbers of one step's global batch, int32 (batch_size,).
 
-    Epochs follow one another without a gap: the steps walk through a fresh permutation of all
-    records for each epoch, and a batch may hold the end of one and the start of the next.
+    The steps walk through a new permutation of all records in each epoch, without a gap: a batch
+    may contain the end of one epoch and the start of the next.
 
     Args:
       seed: of the run.
@@ -55,8 +55,8 @@ def permutation(xp: ModuleType, seed: Any, epoch: Any, num_records: int) -> Any:
 def threefry_2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
     """Returns two random words, uint32, for each pair of counters: Threefry-2x32 of 20 rounds.
 
-    Written out here, because host and device are to draw the same numbers from it, whatever
-    generators their libraries come with.
+    Implemented in operations common to NumPy and JAX, so that host and device draw the same
+    numbers, independent of the generators of these libraries.
 
     Args:
       key: two uint32 arrays (1,) of NumPy or JAX.

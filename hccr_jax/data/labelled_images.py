@@ -58,7 +58,7 @@ def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list
 
     Without splits, about a tenth is held out for the test and a tenth for validation: of the
     writers if there are at least three and each picture has one, else of the pictures of each
-    character. If only validation is missing, it comes out of train in the same way. The selection
+    character. If only validation is missing, it is held out of train in the same way. The selection
     is by hashes of the writers' names or of the pictures' bytes, so it is reproducible.
 
     Args:

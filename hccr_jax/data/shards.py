@@ -52,7 +52,7 @@ class Task:
 
     Attributes:
       split, folder, number: of the file.
-      members: whose records it gets.
+      members: the sources of its records.
       classes: the characters to keep.
       skip_faults: count damaged records and go on, instead of raising InputError.
       characters: the data set's charset; none for level 1.

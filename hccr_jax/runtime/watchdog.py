@@ -65,7 +65,7 @@ class _Watch:
                 sys.stderr.write("late: process 0, which does not answer\n")
             elif jax.process_index() == 0:
                 time.sleep(ANSWER_SECONDS)  # the others query it
-        sys.stderr.write("stopped: a resume goes on from the last checkpoint\n")
+        sys.stderr.write("stopped: a resumed run continues from the last checkpoint\n")
         sys.stderr.flush()
         os._exit(1)
 

@@ -65,13 +65,13 @@ def test_unpacked_members_are_divided_by_folder_then_by_official_number(tmp_path
     assert [row[:2] for row in origins(tmp_path / "x" / "1241-c.gnt")] == [("test", "1241")]
 
 
-def test_an_unknown_split_says_what_to_do(tmp_path: Path) -> None:
+def test_an_unknown_split_is_refused_with_a_remedy(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "latest" / "mine.zip", "anna.gnt")
     with pytest.raises(InputError, match="unknown split: put `train`"):
         archives.list_members([path])
 
 
-def test_records_come_out_as_they_went_in(tmp_path: Path) -> None:
+def test_records_are_read_unchanged(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", data=MEMBER * 3)
     (member,) = archives.list_members([path])
     records = list(archives.read_member(member))
@@ -116,7 +116,7 @@ def test_missing_empty_and_foreign_paths(tmp_path: Path) -> None:
         archives.list_members([tmp_path])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir(mode=0)
@@ -239,7 +239,7 @@ def test_entries_of_the_same_bytes_are_refused(tmp_path: Path) -> None:
     assert re.search("'1001-c.gnt': .*[Oo]verlap", refusal(path))
 
 
-def test_an_entry_that_the_directory_hides_is_missed(tmp_path: Path) -> None:
+def test_an_entry_missing_in_the_directory_is_noticed(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "1001-c.gnt", "1002-c.gnt", "1003-c.gnt")
     forge(path, "1001-c.gnt", 32, "<H", 46 + len("1002-c.gnt"))  # becomes a comment
     with pytest.raises(InputError, match="3 entries declared, 2 listed"):
@@ -278,7 +278,7 @@ def test_no_byte_is_counted_as_lost_twice(tmp_path: Path) -> None:
     refusal(path)
 
 
-def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_not_on_the_folder(tmp_path: Path) -> None:
     here = write_zip(tmp_path / "here" / "HWDB1.1trn_gnt.zip", "1001-c.gnt")
     there = write_zip(tmp_path / "there" / "HWDB1.1trn_gnt.zip", "1001-c.gnt")
     other = write_zip(tmp_path / "other" / "HWDB1.1trn_gnt.zip", "1001-c.gnt", data=MEMBER * 2)

@@ -1,4 +1,4 @@
-"""The order of the records is a function of the seed and the step, and of nothing else."""
+"""The order of the records depends only on the seed and the step."""
 
 import jax
 import jax.extend

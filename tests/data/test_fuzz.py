@@ -1,4 +1,4 @@
-"""GNT files and zips damaged at random: no crash, no hang, and nothing lost without a word."""
+"""GNT files and zips damaged at random: no crash, no hang, and every loss is reported."""
 
 import contextlib
 import itertools
@@ -216,7 +216,7 @@ def read_with_little_memory(path: Path) -> str:
 
 
 def write_bomb(path: Path, kind: str) -> None:
-    """Writes a zip that asks for much more than its own bytes."""
+    """Writes a zip that demands much more memory than its size."""
     if kind in ("entries", "directory"):
         with zipfile.ZipFile(path, "w") as archive:
             for number in range(10_001 if kind == "entries" else 160):

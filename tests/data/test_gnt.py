@@ -25,7 +25,7 @@ def read_with_faults(data: bytes) -> tuple[list[bytes], list[tuple[str, int]]]:
     return [record.tag for record in records], faults
 
 
-def test_fields_stand_where_the_format_puts_them() -> None:
+def test_fields_are_read_as_the_format_defines() -> None:
     first, second = read_records(io.BytesIO(FIRST + SECOND), "x.gnt")
     assert first.tag == b"\xb0\xa1"
     assert first.bitmap.dtype == np.uint8
@@ -77,15 +77,15 @@ def test_a_fault_is_named_with_file_and_byte(data: bytes, message: str) -> None:
         list(read_records(data, "x.gnt"))
 
 
-def test_a_lying_size_field_is_recovered_from() -> None:
-    liar = hand_made(b"\xb0\xa2", 1, 2, b"\xff\x00", size=999)
-    tags, faults = read_with_faults(liar + FIRST)
+def test_a_wrong_size_field_is_recovered_from() -> None:
+    wrong = hand_made(b"\xb0\xa2", 1, 2, b"\xff\x00", size=999)
+    tags, faults = read_with_faults(wrong + FIRST)
     assert tags == [b"\xb0\xa2", b"\xb0\xa1"]
     assert faults == [("wrong size field", 0)]
-    assert read_with_faults(liar) == ([b"\xb0\xa2"], [("wrong size field", 0)])
+    assert read_with_faults(wrong) == ([b"\xb0\xa2"], [("wrong size field", 0)])
 
 
-def test_an_empty_bitmap_is_passed_over() -> None:
+def test_an_empty_bitmap_is_skipped() -> None:
     tags, faults = read_with_faults(hand_made(b"\xb0\xa2", 0, 5, b"") + FIRST)
     assert tags == [b"\xb0\xa1"]
     assert faults == [("empty bitmap", 10)]

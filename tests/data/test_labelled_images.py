@@ -1,4 +1,4 @@
-"""Own data: pictures named by character, charsets from files, other CASIA archives, fine-tuning."""
+"""Labelled pictures, charset files, other CASIA archives, fine-tuning."""
 
 import csv
 import zipfile
@@ -76,7 +76,7 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.images[row], exact)
 
 
-def test_a_rerun_elsewhere_divides_alike(tmp_path: Path) -> None:
+def test_a_copy_elsewhere_is_divided_equally(tmp_path: Path) -> None:
     for place in ("one", "other"):
         root = write_folder(tmp_path / place / "mine")
         prepare([], tmp_path / place / "data", "mine", pictures=root)
@@ -97,7 +97,7 @@ def test_equal_pictures_stay_in_one_split(tmp_path: Path) -> None:
     assert faults == []
 
 
-def test_folders_may_tell_the_split(tmp_path: Path) -> None:
+def test_folders_may_give_the_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_folder(tmp_path / "mine" / split, 4 if split == "train" else 3, "一丁")
         for number in range(3):  # others than in train
@@ -136,10 +136,10 @@ def test_a_csv_file_divides_by_writer(tmp_path: Path) -> None:
     assert manifest["doubts"] == []
 
 
-def test_a_csv_file_may_tell_the_split(tmp_path: Path) -> None:
-    told = ["train"] * 4 + ["val", "test"]
+def test_a_csv_file_may_give_the_split(tmp_path: Path) -> None:
+    given = ["train"] * 4 + ["val", "test"]
     rows = [["character", "split", "path"]]
-    for number, split in enumerate(told):
+    for number, split in enumerate(given):
         save(tmp_path / f"{number}.png", picture(number))
         rows.append(["U+4E01", split, f"{number}.png"])
     table = write_csv(tmp_path / "table.csv", rows)
@@ -161,7 +161,7 @@ def test_a_csv_file_may_tell_the_split(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_csv_file_is_told(rows: list[list[str]], message: str, tmp_path: Path) -> None:
+def test_a_wrong_csv_file_is_reported(rows: list[list[str]], message: str, tmp_path: Path) -> None:
     save(tmp_path / "a.png", picture(0))
     with pytest.raises(InputError, match=message):
         prepare([], tmp_path / "data", pictures=write_csv(tmp_path / "table.csv", rows))
@@ -191,11 +191,13 @@ def test_unusable_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(warnings) == 5
     manifest = store.read_manifest("mine", tmp_path / "data")
     assert sum(manifest["characters_per_split"].values()) == 15
-    assert main(flags) == 2, "made already, but still not all of it"
+    assert main(flags) == 2, "already made, but still without the unusable ones"
 
 
 @pytest.mark.parametrize("change", ["dark", "colour", "transparent"])
-def test_pictures_of_any_kind_come_to_the_same(change: str, tmp_path: Path) -> None:
+def test_dark_coloured_and_transparent_pictures_give_the_same_bitmap(
+    change: str, tmp_path: Path
+) -> None:
     page = picture(3)
     changed = {
         "dark": 255 - page,
@@ -225,7 +227,7 @@ def test_a_charset_is_read_in_its_order(text: str, tmp_path: Path) -> None:
         (b"", "at least two characters"),
     ],
 )
-def test_a_wrong_charset_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_wrong_charset_is_reported(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "charset.txt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
@@ -275,7 +277,7 @@ def test_the_protocol_of_icdar_2013(tmp_path: Path, capsys: pytest.CaptureFixtur
     }
     assert manifest["skipped"]["not a level-1 character"]["count"] == 9 + 4
     assert set(manifest["classes"]) == set("一丁永")
-    # Without --test_archives each archive goes where its name says.
+    # Without --test_archives the split of each archive follows from its name.
     manifest = prepare([folder], tmp_path / "data", "all").manifest
     assert set(manifest["characters_per_writer"]["test"]) == {"337", "338", "1241", "C001", "C002"}
 

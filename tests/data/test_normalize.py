@@ -1,4 +1,4 @@
-"""The normal form against SciPy's resampling, and what it does to the sides of the ink."""
+"""The normal form against SciPy's resampling, and the aspect ratio of the ink."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def drawing(height: int, width: int) -> np.ndarray:
 
 
 def sides(form: np.ndarray) -> tuple[int, int]:
-    """Returns height and width of what is at least half ink."""
+    """Returns height and width of the pixels that are at least half ink."""
     box = ink_box(np.where(form > 127, 0, 255))
     assert box is not None
     top, bottom, left, right = box

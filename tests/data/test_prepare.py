@@ -1,4 +1,4 @@
-"""From archives to arrays: the data set on disk, its splits, and what a kill leaves behind."""
+"""From archives to arrays: the data set on disk, its splits, and a killed preparation."""
 
 import json
 import os
@@ -54,14 +54,14 @@ def write_archives(folder: Path, damage: bytes = b"") -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the data folder of a small prepared set, `archives` beside it."""
+    """Returns the data folder of a small prepared set, with `archives` next to it."""
     root = tmp_path_factory.mktemp("prepared")
     result = prepare([write_archives(root / "archives")], root / "data")
     assert result.is_new
     return root / "data"
 
 
-def test_manifest_counts_what_went_in(prepared: Path) -> None:
+def test_the_manifest_counts_the_records(prepared: Path) -> None:
     manifest = store.read_manifest("casia_hwdb", prepared)
     assert manifest["classes"] == [
         "啊",
@@ -92,7 +92,7 @@ def test_an_unknown_tag_stops_or_is_counted(tmp_path: Path) -> None:
     assert manifest["skipped"]["unknown tag"]["count"] == 1
 
 
-def test_wrong_tags_are_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_tags_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     characters = charset.level1()[:40]
     folder = tmp_path / "Train"
     folder.mkdir()
@@ -118,10 +118,10 @@ def test_wrong_tags_are_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert len(warnings) <= 3
     assert main(["prepare", *flags]) == 0
-    assert warnings == capsys.readouterr().err.splitlines(), "told again at each call"
+    assert warnings == capsys.readouterr().err.splitlines(), "repeated at each call"
 
 
-def test_right_tags_are_not_doubted(tmp_path: Path) -> None:
+def test_right_tags_are_not_warned_of(tmp_path: Path) -> None:
     folder = tmp_path / "Train"
     folder.mkdir()
     for writer in range(12):  # each leaves out another one
@@ -132,7 +132,7 @@ def test_right_tags_are_not_doubted(tmp_path: Path) -> None:
 
 def test_doubts_about_the_real_subset(casia_dir: Path, tmp_path: Path) -> None:
     doubts = prepare(sorted(casia_dir.glob("HWDB1.1-100*.zip")), tmp_path).manifest["doubts"]
-    # Its records beside the border of two writers may sit with the neighbour.
+    # Its records at the border of two writers may belong to the neighbour.
     (repeats,) = doubts
     assert repeats.startswith("written more than once by one writer: ")
     assert repeats.endswith(", 17 more")
@@ -147,7 +147,7 @@ def test_writers_of_the_splits_are_disjoint(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test", "train+validation"])
-def test_bitmaps_come_back_bit_exact_and_in_order(prepared: Path, split: str) -> None:
+def test_bitmaps_are_restored_bit_exactly_and_in_order(prepared: Path, split: str) -> None:
     loaded = splits.load_split("casia_hwdb", prepared, split, image_px=32, margin_px=2)
     rows = np.arange(len(loaded.labels))[::-1]
     originals = splits.load_bitmaps("casia_hwdb", prepared, split, rows)
@@ -198,7 +198,7 @@ def test_wrong_requests_for_a_split(prepared: Path) -> None:
         splits.load_bitmaps("casia_hwdb", prepared, "test", [3, 12])
 
 
-def test_a_missing_data_set_says_how_to_get_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_data_set_has_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         splits.load_split("casia_hwdb", tmp_path, "train", 32, 2)
     message = str(caught.value)
@@ -290,7 +290,7 @@ def test_a_kill_in_the_middle_leaves_nothing_loadable(tmp_path: Path) -> None:
     assert not staging.exists()
 
 
-def test_two_processes_may_ask_for_a_new_split_at_once(prepared: Path) -> None:
+def test_two_processes_may_load_a_new_split_at_once(prepared: Path) -> None:
     code = (
         "import sys, zlib; from hccr_jax.data.splits import load_split\n"
         "if __name__ == '__main__':\n"

@@ -1,4 +1,4 @@
-"""The embedded data set: what is stored, what is drawn, and that archives are a pure function."""
+"""The synthetic data set: stored medians, drawn bitmaps, and reproducible archives."""
 
 import zipfile
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_reference_glyphs_stand_upright() -> None:
 
 
 def test_reference_glyph_is_not_mirrored() -> None:
-    # The single dot of 卜 stands to the right of its upright.
+    # The single dot of 卜 is to the right of its vertical stroke.
     ink = reference_ink("卜").sum(axis=0)
     assert ink[ink.argmax() + 4 :].sum() > 4 * ink[: ink.argmax() - 4].sum()
 

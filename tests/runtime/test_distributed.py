@@ -20,7 +20,7 @@ def test_two_processes_train_as_one_to_the_bit(
     results = finish(start_group(flags, tmp_path, num_processes=2))
     assert [code for code, *_ in results] == [0, 0], results
     assert "test: top-1" in results[0][1]
-    assert "top-1" not in results[1][1], "only the first process talks"
+    assert "top-1" not in results[1][1], "only the primary process prints"
     alone = train(4, *STRICT)  # in this process, on four devices
     assert_same_checkpoint(tmp_path, alone, 4)
     names = ("train/loss", "train/accuracy", "eval/loss", "eval/top1")
@@ -39,7 +39,7 @@ def test_two_processes_train_as_one_to_the_bit(
         ({"JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS='host': must be host:port"),
     ],
 )
-def test_a_wrong_environment_is_told(changes: dict[str, str], message: str) -> None:
+def test_a_wrong_environment_is_reported(changes: dict[str, str], message: str) -> None:
     environment = {
         "JAX_COORDINATOR_ADDRESS": "localhost:9",
         "JAX_NUM_PROCESSES": "2",

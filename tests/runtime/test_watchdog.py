@@ -1,4 +1,4 @@
-"""The watchdog ends what is stuck and leaves alone what is slow or was stopped as a whole."""
+"""The watchdog ends a stuck process, but neither a slow nor a suspended one."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ def run(body: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_step_that_does_not_end_is_told_with_all_stacks() -> None:
+def test_a_step_that_does_not_end_is_reported_with_all_stacks() -> None:
     process = run("""
 def step_that_hangs():
     time.sleep(600)
@@ -26,15 +26,15 @@ with watchdog.watching(0.5):
 """)
     process.stdout.readline()
     start = time.monotonic()
-    said = process.communicate(timeout=60)[1]
+    reported = process.communicate(timeout=60)[1]
     assert time.monotonic() - start < 10.5
     assert process.returncode == 1
-    assert "stuck: the steps after 41 for" in said
-    assert "in step_that_hangs" in said
-    assert "a resume goes on from the last checkpoint" in said
+    assert "stuck: the steps after 41 for" in reported
+    assert "in step_that_hangs" in reported
+    assert "a resumed run continues from the last checkpoint" in reported
 
 
-def test_what_is_said_to_be_slow_may_take_ten_times_as_long_and_a_failure_ends_the_watch() -> None:
+def test_a_slow_task_may_take_ten_times_as_long_and_a_failure_ends_the_watch() -> None:
     process = run("""
 try:
     with watchdog.watching(0.5):
@@ -49,7 +49,7 @@ except FloatingPointError:
 
 
 @pytest.mark.slow
-def test_a_process_that_was_stopped_as_a_whole_is_not_stuck() -> None:
+def test_a_suspended_process_is_not_stuck() -> None:
     process = run("""
 with watchdog.watching(2.0):
     for _ in range(60):
@@ -61,5 +61,5 @@ with watchdog.watching(2.0):
     process.send_signal(signal.SIGSTOP)
     time.sleep(6)
     process.send_signal(signal.SIGCONT)
-    said = process.communicate(timeout=60)[1]
-    assert (process.returncode, said) == (0, "")
+    reported = process.communicate(timeout=60)[1]
+    assert (process.returncode, reported) == (0, "")

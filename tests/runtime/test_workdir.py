@@ -1,4 +1,4 @@
-"""A workdir has one writer, can be written and has room; else it is refused before any work."""
+"""A workdir has one writer, is writable and has space; otherwise it is refused at once."""
 
 import os
 import resource
@@ -58,7 +58,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "run")
 
 
-def test_too_little_room_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     check_room(tmp_path, 1 << 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))

@@ -139,7 +139,7 @@ def read_member(member: Member, on_fault: gnt.OnFault | None = None) -> Iterator
 
 
 def divide(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Returns the members of each split; `validation` comes out of `train`, but for pictures."""
+    """Returns the members of each split; validation is held out of train, except for pictures."""
     held_out: frozenset[str] = frozenset()
     if not any(member.character for member in members):
         held_out = validation_writers([m.writer for m in members if m.split == "train"])

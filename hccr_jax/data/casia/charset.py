@@ -43,12 +43,12 @@ def class_index() -> dict[str, int]:
 
 
 def tag_to_character(tag: bytes) -> str | None:
-    """Returns the character that a GNT tag names, or None where no character has this code.
+    """Returns the character that a GNT tag names, or None for an unknown code.
 
-    GB18030 is read, the superset of GBK that has all symbols that archives hold.
+    The tag is decoded as GB18030, the superset of GBK with all symbols of the archives.
 
     Args:
-      tag: the two bytes as they stand in the file, high byte first. One-byte characters (digits,
+      tag: the two bytes as in the file, high byte first. One-byte characters (digits,
         letters, marks) are stored as the byte and a zero.
 
     >>> [tag_to_character(bytes.fromhex(tag)) for tag in ("b0a1", "4100", "ffff")]

@@ -1,4 +1,4 @@
-"""The GNT format of CASIA-HWDB: records of one tagged grey bitmap each, nothing else in the file.
+"""The GNT format of CASIA-HWDB: a file is a sequence of tagged grey bitmaps.
 
 Source: CASIA-HWDB file format description. A record is a uint32 size (10 + width * height), the two
 bytes of the tag (high byte first), a uint16 width, a uint16 height, then the rows from the top; the
@@ -15,8 +15,8 @@ import numpy as np
 from hccr_jax.errors import InputError
 
 HEADER = struct.Struct("<I2sHH")
-# A scanned character has some ten thousand pixels; a header that claims more than this is damaged,
-# and must not make the reader ask for gigabytes.
+# A scanned character has some ten thousand pixels; a header that declares more than this is
+# damaged, and must not make the reader allocate gigabytes.
 MAX_PIXELS = 1 << 24
 _CHUNK_BYTES = 1 << 20
 
@@ -60,9 +60,9 @@ def read_records(
     Args:
       data: the whole file as bytes, or a binary file whose `read(n)` is short only at the end.
       source: the file's name, for error messages.
-      on_fault: called with (reason, bytes lost) at a fault, after which reading goes on where it
-        can; None stops at the first fault. A record whose size field alone is wrong is still
-        yielded, and an empty bitmap passed over, if the header that follows width * height bytes
+      on_fault: called with (reason, bytes lost) at a fault, after which reading continues if
+        possible; None stops at the first fault. A record of which only the size field is wrong is
+        still yielded, and an empty bitmap skipped, if the header that follows width * height bytes
         later is sound (or the file ends there); after any other fault the rest of the file is lost.
 
     Raises:
@@ -96,7 +96,7 @@ def read_records(
 
 
 def _header_fault(header: bytes) -> tuple[str, int]:
-    """Returns what is wrong with a header ("" if nothing) and how many pixels to read after it."""
+    """Returns the fault of a header ("" if none) and the number of pixels to read after it."""
     if len(header) < HEADER.size:
         return f"truncated header: {HEADER.size} bytes expected, {len(header)} left", 0
     size, _, width, height = HEADER.unpack(header)

@@ -10,10 +10,10 @@ from scipy import ndimage
 from hccr_jax.data.images.normalize import PAPER, ink_box
 from hccr_jax.errors import InputError
 
-CHARACTER_PX = 1024  # a picture of one character is reduced to this side: 64 pixels are needed
+CHARACTER_PX = 1024  # a picture of one character is reduced to this side; 64 pixels would do
 CHARACTER_CELLS, PAGE_CELLS = 8, 24  # cells along a side in which the lighting is estimated
 MIN_CONTRAST = 25  # between paper and ink, of 255
-INK_RANGE = (95.0, 180.0)  # median grey of a bitmap's ink: nearly all of CASIA-HWDB1.1 lies there
+INK_RANGE = (95.0, 180.0)  # median grey of a bitmap's ink: nearly all of CASIA-HWDB1.1 is in it
 
 
 class Ink(NamedTuple):

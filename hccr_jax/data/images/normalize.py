@@ -32,7 +32,7 @@ def resize_weights(length: int, side: float, image_px: int, margin_px: int) -> n
 
     The axis holds `length` source pixels centred in a square of `side`; the square fills the output
     but for `margin_px` pixels at each end. The kernel is a triangle, widened when shrinking, so
-    that thin strokes fade instead of breaking. Pixel centres lie at half-integers. Everything
+    that thin strokes fade instead of breaking. Pixel centres are at half-integers. Everything
     outside the source is paper (zero ink), so each row is divided by the kernel's sum over the
     whole line.
     """
