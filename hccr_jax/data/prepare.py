@@ -26,22 +26,6 @@ class Prepared(NamedTuple):
     is_new: bool
 
 
-class _Source(NamedTuple):
-    """The source of a data set.
-
-    Attributes:
-      members: GNT files or pictures.
-      characters: the charset; none for level 1.
-      faults: a line for each unusable picture.
-      skipped: (reason, "count" or "bytes") → number skipped so far.
-    """
-
-    members: list[Member]
-    characters: Sequence[str]
-    faults: list[str]
-    skipped: collections.Counter[Any]
-
-
 def prepare(
     archives: Sequence[str | Path],
     data_dir: str | Path,
@@ -72,34 +56,8 @@ def prepare(
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise InputError(f"name={name!r}: use lower-case letters, digits and underscores")
-    skips = on_error == "skip"
-    source = _find_source(archives, test_archives, pictures, characters, skips)
-    folder = store.dataset_folder(name, data_dir)
-    with store.exclusive(Path(data_dir, f".{name}.lock")):
-        if folder.exists() and not overwrite:
-            manifest = store.read_manifest(name, data_dir)
-            if manifest["fingerprint"] != fingerprint(source.members, source.characters):
-                raise InputError(
-                    f"{folder} was made from other archives or pictures: give --overwrite to "
-                    f"replace it, or another --name or --data_dir to keep both"
-                )
-            if not skips:
-                labelled_images.check_faults(source.faults or manifest.get("faults", []))
-            return Prepared(folder, manifest, is_new=False)
-        _build(data_dir, name, skip_faults=skips, **source._asdict())
-    return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
-
-
-def _find_source(
-    archives: Sequence[str | Path],
-    test_archives: Sequence[str | Path],
-    pictures: str | Path | None,
-    characters: Sequence[str],
-    skips: bool,
-) -> _Source:
-    """Lists the members of archives or pictures; arguments as for `prepare`."""
     skipped: collections.Counter[Any] = collections.Counter()
-    faults: list[str] = []
+    skips, faults = on_error == "skip", list[str]()
 
     def skip(reason: str, num_bytes: int) -> None:
         skipped.update({(reason, "count"): 1, (reason, "bytes"): num_bytes})
@@ -109,7 +67,20 @@ def _find_source(
         characters = characters or sorted({member.character for member in members})
     else:
         members = _list_members(archives, test_archives, skip if skips else None)
-    return _Source(members, characters, faults, skipped)
+    folder = store.dataset_folder(name, data_dir)
+    with store.exclusive(Path(data_dir, f".{name}.lock")):
+        if folder.exists() and not overwrite:
+            manifest = store.read_manifest(name, data_dir)
+            if manifest["fingerprint"] != fingerprint(members, characters):
+                raise InputError(
+                    f"{folder} was made from other archives or pictures: give --overwrite to "
+                    f"replace it, or another --name or --data_dir to keep both"
+                )
+            if not skips:
+                labelled_images.check_faults(faults or manifest.get("faults", []))
+            return Prepared(folder, manifest, is_new=False)
+        _build(data_dir, name, members, skips, skipped, characters, faults)
+    return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
 
 
 def _list_members(
@@ -130,7 +101,7 @@ def _list_members(
     ]
 
 
-def _build(data_dir: str | Path, name: str, **options: Any) -> None:
+def _build(data_dir: str | Path, name: str, *options: Any) -> None:
     """Builds in a staging folder and renames it; first removes what a killed run left there."""
     from hccr_jax.data import tfds_builder  # slow to import: wrong input is reported before
 
@@ -138,7 +109,7 @@ def _build(data_dir: str | Path, name: str, **options: Any) -> None:
     staging = Path(data_dir, f"incomplete.{name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        builder = tfds_builder.CasiaHwdb(data_dir=staging, name=name, **options)
+        builder = tfds_builder.CasiaHwdb(staging, name, *options)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size
             builder.download_and_prepare(file_format="array_record", download_dir=staging / "none")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,6 @@ class CasiaHwdb(FileReaderBuilder):
 
     def __init__(
         self,
-        *,
         data_dir: str | Path,
         name: str = "casia_hwdb",
         members: Sequence[Member] = (),

@@ -27,6 +27,11 @@ _ALWAYS_UNPACKED = 256 << 20
 _MAX_NAME = 255
 _SHOWN_SUFFIXES = 5
 _LOCAL_HEADER_BYTES = 30
+_FOREIGN = {
+    ".alz": "holds an .alz archive: unpack it with `unalz` and give the folder with its .gnt files",
+    ".mpf": "holds features (.mpf), not images: take the archive with `gnt` in its name",
+    ".zip": "holds zip archives: unpack it and give the folder",
+}
 _END_RECORD = b"PK\x05\x06"
 _LOCATOR_OF_ZIP64 = b"PK\x06\x07"
 
@@ -153,13 +158,8 @@ def _why_no_members(entries: list[zipfile.ZipInfo]) -> str:
     if not names:
         return "the archive is empty"
     suffixes = {Path(name).suffix.lower() for name in names}
-    if ".alz" in suffixes:
-        return (
-            "holds an .alz archive: unpack it with `unalz` and give the folder with its .gnt files"
-        )
-    if ".mpf" in suffixes:
-        return "holds features (.mpf), not images: take the archive with `gnt` in its name"
-    if ".zip" in suffixes:
-        return "holds zip archives: unpack it and give the folder"
+    for suffix, reason in _FOREIGN.items():
+        if suffix in suffixes:
+            return reason
     shown = sorted(filter(str.isprintable, suffixes))[:_SHOWN_SUFFIXES]
     return f"holds no .gnt member, only {', '.join(shown)}"
