@@ -19,9 +19,7 @@ from hccr_jax.train.step import NEVER
 class StepLog:
     """The steps since the last row: their metrics, still on the devices, and the time they took."""
 
-    def __init__(
-        self, setup: TrainingSetup, workdir: Path, writer: RunLog, step: int
-    ) -> None:
+    def __init__(self, setup: TrainingSetup, workdir: Path, writer: RunLog, step: int) -> None:
         """Starts at a step; the arguments are those of the run."""
         self._setup, self._workdir, self._writer = setup, workdir, writer
         self._unread_metrics: list[dict[str, jax.Array]] = []
