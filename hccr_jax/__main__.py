@@ -1,14 +1,13 @@
-"""hccr COMMAND: see `hccr_jax.cli`."""
+"""`python -m hccr_jax COMMAND` and `hccr COMMAND`; `--help` lists the commands."""
 
-import importlib
-import signal
 import sys
+
+from hccr_jax.cli import command
 
 
 def main() -> int:
-    """Runs one command."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    return importlib.import_module(f"hccr_jax.cli.{sys.argv[1]}").main(sys.argv[1:])
+    """Runs the command line of this process and returns its exit code."""
+    return command.run_process(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -10,66 +10,61 @@ Evaluates the run's best step on the test split and writes the most confused pai
 characters with images, accuracy by class, writer and number of strokes, and a calibration plot.
 With --against, two runs are compared on the same images: the difference with a 95 % interval.
 
-Exit codes: 0 done, 2 the request was wrong.
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 from absl import flags
 
 from hccr_jax.cli import command
 from hccr_jax.errors import InputError
-from hccr_jax.metrics import calibration
-from hccr_jax.report import analysis
 from hccr_jax.runtime.startup import prepare_process
 from hccr_jax.runtime.workdir import replace_text
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line and returns its exit code."""
-    values = _define_flags()
-    try:
-        command.parse_flags(values, argv)
-        if values.help:
-            print(f"{__doc__}\nFlags:{values.get_help()}")
-            return 0
-        if not values.workdir:
-            raise InputError("--workdir is missing: the folder of a run, such as runs/v2")
-        prepare_process()
-        wanted = values.split, values.data_dir
-        predicted = _predict(values.workdir, *wanted)
-        other = _predict(values.against, *wanted) if values.against else None
-        output = Path(values.output or Path(values.workdir, "analysis.html")).expanduser()
-        _write(output, analysis.render_analysis(predicted, other))
-    except InputError as error:
-        return command.report_error(error)
-    print(f"report: {output}")
-    return 0
-
-
-def _define_flags() -> flags.FlagValues:
-    own = flags.FlagValues()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     for name, text in (
         ("workdir", "Folder of the run to look at."),
         ("against", "Folder of another run, to compare."),
-        ("output", "The HTML file; by default analysis.html in the workdir."),
-        ("split", "By default the run's test split."),
-        ("data_dir", "Folder of all data sets; by default the run's."),
+        ("output", "The HTML file; default analysis.html in the workdir."),
+        ("split", "Default the run's test split."),
+        ("data_dir", "Folder of all data sets; default the run's."),
     ):
-        flags.DEFINE_string(name, None, text, flag_values=own)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
-    return own
+        flags.DEFINE_string(name, None, text, flag_values=values)
 
 
-def _predict(workdir: str, split_name: str | None, data_dir: str | None) -> analysis.Predicted:
-    """Returns the predictions of a run's best step."""
+def run(values: SimpleNamespace) -> None:
+    """Runs the command."""
+    command.require(values, workdir="the folder of a run, such as runs/v2")
+    output = Path(values.output or Path(values.workdir, "analysis.html")).expanduser()
+    prepare_process()
+    from hccr_jax.report import analysis
+
+    first = predict(values.workdir, values.split, values.data_dir)
+    other = predict(values.against, values.split, values.data_dir) if values.against else None
+    try:
+        replace_text(output, analysis.render_analysis(first, other))
+    except OSError as error:
+        raise InputError(f"--output={output}: {error.strerror or error}") from error
+    print(f"report: {output}")
+
+
+def predict(workdir: str, split_name: str | None, data_dir: str | None) -> Any:
+    """Returns the predictions of a run's best step for a split, `analysis.Predicted`."""
+    import numpy as np
+
     from hccr_jax.data.from_config import load
     from hccr_jax.evaluation.evaluate import read_outputs
     from hccr_jax.inference.pretrained import load_pretrained
     from hccr_jax.inference.recognizer import read_temperature
     from hccr_jax.inference.steps import make_logits_step
-    from hccr_jax.runtime.checkpoints import check_classes  # slow to import
+    from hccr_jax.metrics import calibration
+    from hccr_jax.report.analysis import Predicted
+    from hccr_jax.runtime.checkpoints import check_classes
 
     pretrained = load_pretrained(workdir)
     network, config = pretrained.network, pretrained.config
@@ -84,17 +79,10 @@ def _predict(workdir: str, split_name: str | None, data_dir: str | None) -> anal
         weights = calibration.probabilities(logits, temperature or 1.0)
         candidates.append(np.argsort(-weights, axis=1, kind="stable")[:, :5])
         confidence.append(weights.max(axis=1))
-    return analysis.Predicted(
+    return Predicted(
         str(Path(workdir)),
         split,
         np.concatenate(candidates),
         np.concatenate(confidence),
         temperature is not None,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise InputError(f"--output={path}: {error.strerror or error}") from error

@@ -1,178 +1,180 @@
-"""What the command lines share: flags with a config, and errors as one line."""
+"""The one wrapper around all commands: parsing, help, errors as one line, and exit codes.
 
-import dataclasses
+A command is a module of this folder. Its docstring is its help, `define_flags(values)` defines its
+flags, and `run(values)` does the work, with the flags as attributes of `values`, and returns an
+exit code, or None for 0. Its imports at the top are light, so that a wrong flag is reported at
+once. Optional:
+
+  TAKES_CONFIG     there are --config and --config.KEY; `values.config` is the config, checked, or
+                   None, and `values.config_name` what --config names
+  TAKES_ARGUMENTS  `values.arguments` are the arguments that are no flags
+  RENAMED          {old flag: new flag}, such as {"--peer": "--baseline"}
+"""
+# ruff: noqa: E402
+
+from hccr_jax.runtime.startup import Timeline, keep_memory
+
+TIMELINE = Timeline()  # the other imports take time: the clock starts before them
+
 import difflib
-import pathlib
-import re
-import runpy
+import importlib
+import os
 import sys
-import types
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
+import hccr_jax
 from hccr_jax import config as config_lib
-from hccr_jax import configs
+from hccr_jax.cli import config_files
 from hccr_jax.errors import InputError
+from hccr_jax.runtime import signals
+
+COMMANDS = (
+    "train", "prepare", "predict", "serve", "export", "analyse", "sweep", "benchmark", "cost",
+    "scaling",
+)  # fmt: skip
+HELP = {"--help", "-help", "-h"}
 
 
-def define_config_flags() -> flags.FlagValues:
-    """Returns a set of flags of its own with `--config`, `--config.KEY` and `--help`."""
-    own = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Such as configs/v2.py; --config.KEY=VALUE overrides a key.",
-        lock_config=True, flag_values=own,
-    )  # fmt: skip
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
-    return own
+def run_process(argv: Sequence[str]) -> int:
+    """Runs a command as the only work of this process; the arguments are those of `main`."""
+    if argv[:1] != ["train"]:
+        return main(argv)
+    keep_memory()  # before the thread that listens for signals
+    signals.install()
+    code = main(argv)
+    if "hccr_jax.runtime.distributed" in sys.modules:
+        sys.modules["hccr_jax.runtime.distributed"].shutdown(code)
+    return code
 
 
-def parse(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parses a command line into `values`, the config checked, unless help is asked for.
+def main(argv: Sequence[str]) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+      argv: the command's name, its flags and arguments.
+    """
+    code = 0
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `hccr cost … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except InputError as error:
+        report_error(error)
+        code = 2
+    except (OSError, FloatingPointError) as error:
+        report_error(error)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:  # a run that saved and ends, at a signal
+        code = int(stop.code or 0)
+    return code
+
+
+def parse(name: str, argv: Sequence[str]) -> SimpleNamespace:
+    """Returns the flags and arguments of a command as attributes, the config loaded and checked.
+
+    Args:
+      name: of the command.
+      argv: what follows it on the command line.
 
     Raises:
       InputError: a flag, the config's file or one of its keys is wrong.
     """
-    if not {"--help", "-help", "-h"} & set(argv):
-        load_config(_config_path(argv))
-        _check_overrides(argv)
-    parse_flags(values, argv)
-    if not values.help:
-        config_lib.check(values.config)
-
-
-def parse_flags(
-    values: flags.FlagValues, argv: list[str], takes_arguments: bool = False
-) -> list[str]:
-    """Parses a command line into `values` and returns its arguments that are no flags.
-
-    Args:
-      takes_arguments: False where there may be none.
-
-    Raises:
-      InputError: a flag is wrong.
-    """
-    before, sys.argv = sys.argv, argv  # config_flags finds its overrides there
+    module, values = _load_command(name)
+    takes_config = getattr(module, "TAKES_CONFIG", False)
+    argv = [_rename(argument, getattr(module, "RENAMED", {})) for argument in argv]
+    overrides = config_files.define_overrides(values, argv) if takes_config else []
     try:
-        rest = values(argv)[1:]
+        arguments = values([name, *argv])[1:]
     except flags.Error as error:
-        raise _wrong_flag(error) from error
-    finally:
-        sys.argv = before
-    if rest and not takes_arguments and not values.help:
-        raise InputError(f"unexpected argument {rest[0]!r}: every flag starts with --, see --help")
-    return rest
+        raise config_files.refused(error) from error
+    if arguments and not getattr(module, "TAKES_ARGUMENTS", False):
+        raise InputError(
+            f"unexpected argument {arguments[0]!r}: every flag starts with --, see --help"
+        )
+    parsed = SimpleNamespace(**values.flag_values_dict(), arguments=arguments)
+    if takes_config:
+        parsed.config_name, parsed.config = parsed.config, None
+        if parsed.config_name:
+            parsed.config = config_files.load_config(parsed.config_name)
+            changes = {key: values[f"config.{key}"].value for key in overrides}
+            config_files.override(parsed.config, changes)
+            config_lib.check(parsed.config)
+            parsed.config.lock()
+    return parsed
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A named config of an experiments file.
-
-    Attributes:
-      name: the file's `get_config` takes it.
-      description: one line.
-      group: heading of several that belong together, or "".
-    """
-
-    name: str
-    description: str
-    group: str
-
-
-def list_experiments(path: str) -> list[Experiment]:
-    """Returns the experiments of a file, in its order; none where it is a plain config.
-
-    An experiments file is a config file whose `get_config` takes a name and which lists the names
-    in `NAMES`: {name: description}, or {heading: {name: description}} for those of a group.
-
-    Raises:
-      InputError: the file cannot be run.
-    """
-    experiments = []
-    for key, value in _run_file(path).get("NAMES", {}).items():
-        named = value.items() if isinstance(value, dict) else [(key, value)]
-        group = key if isinstance(value, dict) else ""
-        experiments += [Experiment(name, description, group) for name, description in named]
-    return experiments
-
-
-def load_config(argument: str) -> ConfigDict:
-    """Returns the config that `--config=argument` means; config_flags would show a traceback.
+def require(values: SimpleNamespace, **hints: str) -> None:
+    """Checks that flags were given.
 
     Args:
-      argument: a config file, or an experiments file, a colon and a name.
+      hints: for each flag what to give.
 
     Raises:
-      InputError: the file cannot be run, has no such experiment, or its config other keys.
+      InputError: names the first that is missing.
     """
-    path, colon, name = argument.partition(":")
-    names = [experiment.name for experiment in list_experiments(path)]
-    if names and name not in names:
-        near = difflib.get_close_matches(name, names, n=1) or names[:1]
-        wrong = f"no experiment {name!r}" if colon else "holds several experiments"
-        raise InputError(
-            f"--config={argument}: {wrong}: give one of {', '.join(names)}, such as "
-            f"--config={path}:{near[0]}"
-        )
-    try:
-        config = _run_file(path)["get_config"](*[name] * bool(colon))
-    except Exception as error:  # a config file is a program: it may raise anything
-        raise InputError(f"--config={argument}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"--config={argument}: get_config() returns a {type(config).__name__}")
-    config_lib.check_keys(config)
-    return config
+    for name, hint in hints.items():
+        if getattr(values, name) in (None, "", []):
+            raise InputError(f"--{name} is missing: {hint}")
 
 
-def report_error(error: Exception) -> int:
-    """Prints what was wrong with the request on one line of stderr and returns its exit code."""
-    print(" ".join(str(error).split()), file=sys.stderr)
-    return 2
+def report_error(error: Exception) -> None:
+    """Prints an error on one line of stderr."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(" ".join(text.split()), file=sys.stderr)
 
 
-def _config_path(argv: list[str]) -> str:
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            return value if equals else following
-    raise InputError("--config is missing: for example --config=configs/quickstart.py")
+def _run(argv: Sequence[str]) -> int:
+    name, *rest = argv or ["--help"]
+    if name in HELP:
+        print(_overview())
+    elif name == "--version":
+        print(f"hccr_jax {hccr_jax.__version__}")
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean hccr {near[0]}?" if near else "see hccr --help"
+        raise InputError(f"hccr {name}: no such command: {hint}")
+    elif HELP & set(rest):
+        module, values = _load_command(name)
+        print(f"{module.__doc__}\nFlags:{values.get_help()}")
+    else:
+        return _load_command(name)[0].run(parse(name, rest)) or 0
+    return 0
 
 
-def _run_file(path: str) -> dict[str, Any]:
-    """Returns what a config file defines."""
-    if not pathlib.Path(path).is_file():
-        raise InputError(f"--config={path}: no such file; see configs/ for those that come with it")
-    # A file of the user's may say `from configs import v2`: its own folder `configs`, then ours.
-    module = types.ModuleType("configs")
-    parents = pathlib.Path(path).resolve().parents
-    module.__path__ = [*(str(f) for f in parents if f.name == "configs"), *configs.__path__]
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_configs(name)}
-    sys.modules["configs"] = module
-    try:
-        return runpy.run_path(path)
-    except Exception as error:  # a config file is a program: it may raise anything
-        raise InputError(f"--config={path}: {type(error).__name__}: {error}") from error
-    finally:
-        for name in filter(_is_configs, list(sys.modules)):
-            del sys.modules[name]
-        sys.modules.update(hidden)
+def _load_command(name: str) -> tuple[ModuleType, flags.FlagValues]:
+    """Returns a command's module and its flags."""
+    module, values = importlib.import_module(f"hccr_jax.cli.{name}"), flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may follow arguments
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    if getattr(module, "TAKES_CONFIG", False):
+        text = "A config file, or the name of one that comes with the library, such as v2; "
+        text += "--config.KEY=VALUE overrides a key."
+        flags.DEFINE_string("config", None, text, flag_values=values)
+    module.define_flags(values)
+    return module, values
 
 
-def _is_configs(module: str) -> bool:
-    return module.partition(".")[0] == "configs"
+def _overview() -> str:
+    """Returns a line for each command, the first of its docstring."""
+    lines = ["Usage: hccr COMMAND [FLAG...]; hccr COMMAND --help shows its flags and examples.", ""]
+    for name in COMMANDS:
+        summary = (importlib.import_module(f"hccr_jax.cli.{name}").__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:<10} {summary}")
+    return "\n".join([*lines, "", "hccr --version shows the version."])
 
 
-def _check_overrides(argv: list[str]) -> None:
-    for argument in argv:
-        key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if key and key[1] not in config_lib.RULES:
-            raise config_lib.unknown_key(key[1])
-
-
-def _wrong_flag(error: flags.Error) -> InputError:
-    """Returns the error for a flag that was refused, with the rule of a config's key."""
-    key = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
-    if key is None:
-        return InputError(str(error))
-    return InputError(f"config.{key[1]}={key[2]}: must be {config_lib.RULES[key[1]].allowed()}")
+def _rename(argument: str, renamed: dict[str, str]) -> str:
+    """Returns an argument with the name of today for its flag or its whole, with a warning."""
+    for old, new in renamed.items():
+        if argument == old or argument.startswith(f"{old}="):
+            config_files.warn_renamed(old, new)
+            return new + argument.removeprefix(old)
+    return argument

@@ -10,9 +10,9 @@ Examples:
   hccr export --checkpoint=runs/v2 --format=onnx --output=v2.onnx --verify
 
 The network is that of the run's best step, its batch norms folded into the convolutions. But for
-safetensors it takes `images` uint8 (batch, S, S) in normal form (`data/canvas.py`: ink 255, paper
-0) and gives `logits` and `probabilities`, float32 (batch, K). A file of safetensors holds the
-weights and the list of layers.
+safetensors it takes `images` uint8 (batch, S, S) in normal form (`data/images/normalize.py`: ink
+255, paper 0) and gives `logits` and `probabilities`, float32 (batch, K). A file of safetensors
+holds the weights and the list of layers.
 
   format        dtypes                            runs in                  needs
   onnx          float32, float16, int8            ONNX Runtime             hccr_jax[export]
@@ -22,11 +22,11 @@ weights and the list of layers.
 
 int8 of ONNX is calibrated on images of the training split; the first layers, with 0.65 % of the
 weights, stay in float32. Where it says weights, only they are stored so, and all arithmetic is in
-float32. Beside FILE lies FILE.golden.npz: a description in JSON (also in the file itself, but for
-StableHLO), 16 images by a simulated writer and the file's answers to them, which any other program
-that runs the file should give, too.
+float32. FILE.golden.npz is written next to FILE: a description in JSON (also in the file itself,
+but for StableHLO), 16 images by a simulated writer and the file's outputs for them, which any other
+program that runs the file should reproduce.
 
---verify writes nothing: it runs FILE in its own runtime on the test split and says how its
+--verify writes nothing: it runs FILE in its own runtime on the test split and reports how its
 probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and
 LiteRT on one core); it fails if the golden probabilities differ by more than the tolerance.
 
@@ -35,54 +35,58 @@ Exit codes: 0 done, 1 the work failed, 2 wrong request.
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 from absl import flags
 
 from hccr_jax.cli import command
-from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
-from hccr_jax.export.exporter import (
-    CALIBRATION_IMAGES,
-    FORMATS,
-    GOLDEN_PAIRS,
-    TOLERANCES,
-    export,
-    verify,
-)
-from hccr_jax.inference.pretrained import load_pretrained, set_mqdf_weight
 from hccr_jax.runtime.startup import prepare_process
 
-
-def main(argv: list[str]) -> int:
-    """Runs the command line and returns its exit code: 0 done, 1 failed, 2 wrong request."""
-    try:
-        values = _parse(argv)
-        if values.help:
-            print(f"{__doc__}\nFlags:{values.get_help()}")
-            return 0
-        prepare_process()
-        return _run(values)
-    except InputError as error:
-        return command.report_error(error)
-    except (FloatingPointError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+DTYPES = ("float32", "float16", "int8")
+# Of each format: its dtypes, the optional packages it requires, and their extra.
+FORMATS = {
+    "onnx": (DTYPES, ("onnx", "onnxruntime"), "export"),
+    "litert": (DTYPES, ("flatbuffers", "ai_edge_litert"), "litert"),
+    "stablehlo": (("float32", "float16"), ("flatbuffers",), "export"),
+    "safetensors": (("float32", "float16"), ("safetensors",), "export"),
+}
 
 
-def _run(values: flags.FlagValues) -> int:
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("checkpoint", None, "A run, or its folder checkpoints.", flag_values=values)
+    flags.DEFINE_enum("format", None, list(FORMATS), "Of the file.", flag_values=values)
+    flags.DEFINE_string("output", None, "The file.", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and arithmetic.", flag_values=values)
+    flags.DEFINE_string(
+        "data_dir", None, "Folder of all data sets, for int8 and --verify; the run's where not "
+        "given.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool("verify", False, "Check a file that is there.", flag_values=values)
+
+
+def run(values: SimpleNamespace) -> int:
+    """Runs the command and returns its exit code."""
+    check(values)
+    prepare_process()
+    import numpy as np
+
+    from hccr_jax.data.from_config import load
+    from hccr_jax.export import exporter
+    from hccr_jax.inference.pretrained import load_pretrained, set_mqdf_weight
+
     output = Path(values.output).expanduser()
     pretrained = load_pretrained(values.checkpoint)
     if pretrained.config.model.mqdf_weight > 0.0:
         pretrained = set_mqdf_weight(pretrained, 0.0)
-        print("the network alone: no file holds the classical recogniser beside it")
+        print("the network alone: no file holds the MQDF that it is ensembled with")
     config = pretrained.config
     if values.data_dir:
         config.data.data_dir = values.data_dir
     if values.verify:
-        verification = verify(
+        verification = exporter.verify(
             pretrained, values.format, output, load(config, config.data.test_split)
         )
         print(f"{output}: {values.format}, against {pretrained.source}\n{verification}")
@@ -90,49 +94,36 @@ def _run(values: flags.FlagValues) -> int:
     calibration = None
     if values.format == "onnx" and values.dtype == "int8":
         images = load(config, config.data.train_split).images
-        count = min(len(images), CALIBRATION_IMAGES)
+        count = min(len(images), exporter.CALIBRATION_IMAGES)
         calibration = images[np.linspace(0, len(images) - 1, count).astype(int)]
-    golden = export(pretrained, values.format, output, values.dtype, calibration)
+    golden = exporter.export(pretrained, values.format, output, values.dtype, calibration)
     difference = np.abs(golden.probabilities - golden.reference).max()
     print(
         f"{output}: {values.format}, {values.dtype}, {output.stat().st_size:,} bytes, "
         f"{len(pretrained.classes):,} classes, step {pretrained.step:,}\n"
-        f"  {GOLDEN_PAIRS} golden pairs beside it: largest difference of a probability from the "
-        f"checkpoint {difference:.2g}"
+        f"  {exporter.GOLDEN_PAIRS} golden pairs next to it: largest difference of a probability "
+        f"from the checkpoint {difference:.2g}"
     )
     return 0
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Returns the parsed flags, the request checked as far as can be before anything is loaded."""
-    own = flags.FlagValues()
-    flags.DEFINE_string("checkpoint", None, "A run, or its folder checkpoints.", flag_values=own)
-    flags.DEFINE_enum("format", None, list(FORMATS), "Of the file.", flag_values=own)
-    flags.DEFINE_string("output", None, "The file.", flag_values=own)
-    flags.DEFINE_enum(
-        "dtype", "float32", list(TOLERANCES), "Of weights and arithmetic.", flag_values=own
-    )
-    flags.DEFINE_string(
-        "data_dir", None, "Folder of all data sets, for int8 and --verify; the run's where not "
-        "given.", flag_values=own,
-    )  # fmt: skip
-    flags.DEFINE_bool("verify", False, "Check a file that is there.", flag_values=own)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
-    command.parse_flags(own, argv)
-    if own.help:
-        return own
-    for required in ("checkpoint", "format", "output"):
-        if not own[required].value:
-            raise InputError(f"--{required} is missing: see --help")
-    dtypes, packages, extra = FORMATS[own.format]
-    if own.dtype not in dtypes:
-        raise InputError(f"--dtype={own.dtype}: --format={own.format} has {', '.join(dtypes)}")
+def check(values: SimpleNamespace) -> None:
+    """Checks the request as far as can be before anything is loaded.
+
+    Raises:
+      InputError: a flag is missing or wrong, or a package is not installed.
+    """
+    command.require(values, checkpoint="see --help", format="see --help", output="see --help")
+    dtypes, packages, extra = FORMATS[values.format]
+    if values.dtype not in dtypes:
+        raise InputError(
+            f"--dtype={values.dtype}: --format={values.format} has {', '.join(dtypes)}"
+        )
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     if missing:
         raise InputError(
-            f"--format={own.format}: needs {missing[0]}: pip install 'hccr_jax[{extra}]'"
+            f"--format={values.format}: needs {missing[0]}: pip install 'hccr_jax[{extra}]'"
         )
-    output = Path(own.output).expanduser()
+    output = Path(values.output).expanduser()
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"--output={output}: not a file in a folder that can be written")
-    return own

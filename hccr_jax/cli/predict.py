@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from hccr_jax.cli import command
 from hccr_jax.errors import InputError
 from hccr_jax.runtime.startup import prepare_process
 
+TAKES_ARGUMENTS = True
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gnt")
 TIMED = 20  # repetitions
 
@@ -69,91 +71,80 @@ class _Reader:
                         head |= {"record": picture.record, "label": picture.label}
                     yield head, picture
             except InputError as error:
-                self.tell(error)
+                self.report(error)
 
-    def tell(self, error: InputError) -> None:
+    def report(self, error: InputError) -> None:
         """Prints what is wrong with a picture."""
         self.num_errors += 1
         command.report_error(error)
 
 
-def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """Returns the parsed flags and the files to read, folders opened.
-
-    Raises:
-      InputError: a flag is wrong, or a file or folder is missing.
-    """
-    own = flags.FlagValues()
-    own.set_gnu_getopt(True)  # flags may follow the files
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=own
+        "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=values
     )
-    flags.DEFINE_integer("top", 5, "Candidates of each character.", lower_bound=1, flag_values=own)
-    flags.DEFINE_bool("table", False, "Print a table instead of JSON.", flag_values=own)
+    flags.DEFINE_integer(
+        "top", 5, "Candidates of each character.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_bool("table", False, "Print a table instead of JSON.", flag_values=values)
     flags.DEFINE_float(
         "reject_at", None, "Marks as rejected what looks less like a character than this share of "
         "properly written ones: 0.01 to 0.1.",
-        lower_bound=0.0, upper_bound=1.0, flag_values=own,
+        lower_bound=0.0, upper_bound=1.0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_bool("page", False, "Each picture is a page of characters.", flag_values=own)
+    flags.DEFINE_bool("page", False, "Each picture is a page of characters.", flag_values=values)
     flags.DEFINE_bool(
-        "vertical", False, "With --page: lines are columns from right to left.", flag_values=own
+        "vertical", False, "With --page: lines are columns from right to left.", flag_values=values
     )
     flags.DEFINE_string(
         "annotate", None, "With --page: a PNG file to draw the one page into, with boxes and "
-        "answers.", flag_values=own,
+        "answers.", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_bool("time", False, "Tell speed and latency on stderr.", flag_values=own)
-    rest = command.parse_flags(own, argv, takes_arguments=True)
-    if own.help:
-        return own, []
-    if not own.checkpoint:
-        raise InputError("--checkpoint is missing: for example --checkpoint=runs/v2")
-    if not rest:
-        raise InputError("no picture is named: give files or folders, or - for stdin")
-    files = [file for name in rest for file in _find_files(name)]
-    if (own.vertical or own.annotate) and not own.page:
-        raise InputError("--vertical and --annotate go with --page")
-    if own.annotate and len(files) > 1:
-        raise InputError(f"--annotate={own.annotate}: takes one page, got {len(files)}")
-    return own, files
+    flags.DEFINE_bool("time", False, "Tell speed and latency on stderr.", flag_values=values)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line and returns its exit code: 0 done, 2 wrong request or picture."""
-    try:
-        own, files = parse(argv)
-        if own.help:
-            print(f"{__doc__}\nFlags:{own.get_help()}")
-            return 0
-        prepare_process()
-        from hccr_jax.inference.recognizer import Recognizer  # slow to import
+def run(values: SimpleNamespace) -> int:
+    """Runs the command and returns its exit code."""
+    files = _check(values)
+    prepare_process()
+    from hccr_jax.inference.recognizer import Recognizer
 
-        recognizer = Recognizer.load(own.checkpoint)
-        if not recognizer.is_calibrated:
-            print(
-                f"note: {own.checkpoint} holds no temperature of these weights, fitted to writers "
-                f"they have not seen: the probabilities are not calibrated",
-                file=sys.stderr,
-            )
-        if own.reject_at is not None and not recognizer.can_reject:
-            raise InputError(
-                f"--reject_at: {own.checkpoint} holds no rejector of these weights and "
-                f"{recognizer.num_tta_views} views of an image: hccr_jax.main --mode=eval makes one, "
-                f"with the config of the run and --config.eval.rejection_images=2000"
-            )
-        reader = _Reader()
-        if own.time:
-            recognizer.warm_up()
-        start = time.perf_counter()
-        read = _read_pages if own.page else _read_characters
-        count = read(recognizer, reader, files, own)
-        if own.time:
-            _tell_speed(recognizer, count, time.perf_counter() - start)
-    except InputError as error:
-        return command.report_error(error)
+    recognizer = Recognizer.load(values.checkpoint)
+    if not recognizer.is_calibrated:
+        print(
+            f"note: {values.checkpoint} holds no temperature of these weights, fitted to writers "
+            f"they have not seen: the probabilities are not calibrated",
+            file=sys.stderr,
+        )
+    if values.reject_at is not None and not recognizer.can_reject:
+        raise InputError(
+            f"--reject_at: {values.checkpoint} holds no rejector of these weights and "
+            f"{recognizer.num_tta_views} views of an image: hccr train --mode=eval makes one, "
+            f"with the config of the run and --config.eval.rejection_images=2000"
+        )
+    reader = _Reader()
+    if values.time:
+        recognizer.warm_up()
+    start = time.perf_counter()
+    read = _read_pages if values.page else _read_characters
+    count = read(recognizer, reader, files, values)
+    if values.time:
+        _print_speed(recognizer, count, time.perf_counter() - start)
     return 2 if reader.num_errors else 0
+
+
+def _check(values: SimpleNamespace) -> list[str]:
+    """Checks the request and returns the files to read, those of folders one by one."""
+    command.require(values, checkpoint="for example --checkpoint=runs/v2")
+    if not values.arguments:
+        raise InputError("no picture is named: give files or folders, or - for stdin")
+    files = [file for name in values.arguments for file in _find_files(name)]
+    if (values.vertical or values.annotate) and not values.page:
+        raise InputError("--vertical and --annotate go with --page")
+    if values.annotate and len(files) > 1:
+        raise InputError(f"--annotate={values.annotate}: takes one page, got {len(files)}")
+    return files
 
 
 def _find_files(name: str) -> list[str]:
@@ -169,7 +160,9 @@ def _find_files(name: str) -> list[str]:
     return files
 
 
-def _read_characters(recognizer: Any, reader: _Reader, files: list[str], own: Any) -> int:
+def _read_characters(
+    recognizer: Any, reader: _Reader, files: list[str], values: SimpleNamespace
+) -> int:
     """Prints the answer to each picture and returns their number."""
     from hccr_jax.data.images.ink import to_bitmap
     from hccr_jax.inference.recognizer import in_batches
@@ -182,49 +175,50 @@ def _read_characters(recognizer: Any, reader: _Reader, files: list[str], own: An
                 bitmap = to_bitmap(grey, name) if record is None else grey
                 yield _Item(head, recognizer.to_normal_form(bitmap))
             except InputError as error:
-                reader.tell(error)
+                reader.report(error)
 
     count = 0
     for batch in in_batches(items(), recognizer.batch_size):
-        answers = recognizer.judge(np.stack([item.form for item in batch]), own.top)
+        answers = recognizer.judge(np.stack([item.form for item in batch]), values.top)
         for item, answer in zip(batch, answers, strict=True):
-            _write(item.head, _describe(answer, own), own)
+            _write(item.head, _describe(answer, values), values)
         count += len(batch)
     return count
 
 
-def _read_pages(recognizer: Any, reader: _Reader, files: list[str], own: Any) -> int:
+def _read_pages(recognizer: Any, reader: _Reader, files: list[str], values: SimpleNamespace) -> int:
     """Prints the lines of each page and returns the number of its characters."""
     from hccr_jax.inference.pages import draw_page, read_page
 
     count = 0
     for head, (grey, *_) in reader.pictures(files):
-        lines = read_page(grey, own.vertical)
+        lines = read_page(grey, values.vertical)
         characters = [character for line in lines for character in line]
         if not characters:
-            reader.tell(InputError(f"{head['file']}: no ink found"))
+            reader.report(InputError(f"{head['file']}: no ink found"))
             continue
         forms = np.stack([recognizer.to_normal_form(c.bitmap) for c in characters])
-        answers = iter(recognizer.judge(forms, own.top))
+        answers = iter(recognizer.judge(forms, values.top))
         described = [
-            [{"box": list(c.box), **_describe(next(answers), own)} for c in line] for line in lines
+            [{"box": list(c.box), **_describe(next(answers), values)} for c in line]
+            for line in lines
         ]
-        _write_page(head | {"width": grey.shape[1], "height": grey.shape[0]}, described, own)
-        if own.annotate:
+        _write_page(head | {"width": grey.shape[1], "height": grey.shape[0]}, described, values)
+        if values.annotate:
             marks = [
                 [(tuple(c["box"]), _best(c), not c.get("rejected")) for c in line]
                 for line in described
             ]
-            _save(draw_page(grey, marks), own.annotate)
+            _save(draw_page(grey, marks), values.annotate)
         count += len(characters)
     return count
 
 
-def _describe(answer: Any, own: Any) -> dict[str, Any]:
+def _describe(answer: Any, values: SimpleNamespace) -> dict[str, Any]:
     described: dict[str, Any] = {"candidates": [c._asdict() for c in answer.candidates]}
-    if own.reject_at is not None:
+    if values.reject_at is not None:
         described["p_value"] = answer.p_value
-        described["rejected"] = answer.p_value <= own.reject_at
+        described["rejected"] = answer.p_value <= values.reject_at
     return described
 
 
@@ -232,22 +226,24 @@ def _best(answer: dict[str, Any]) -> str:
     return answer["candidates"][0]["character"]
 
 
-def _write(head: dict[str, Any], answer: dict[str, Any], own: Any) -> None:
-    if not own.table:
+def _write(head: dict[str, Any], answer: dict[str, Any], values: SimpleNamespace) -> None:
+    if not values.table:
         print(json.dumps(head | answer, ensure_ascii=False))
         return
     name = head["file"] + (f", record {head['record']}" if "record" in head else "")
     print(f"{name}  {_to_cells(answer)}")
 
 
-def _write_page(head: dict[str, Any], lines: list[list[dict[str, Any]]], own: Any) -> None:
+def _write_page(
+    head: dict[str, Any], lines: list[list[dict[str, Any]]], values: SimpleNamespace
+) -> None:
     described: list[dict[str, Any]] = []
     for line in lines:
         lefts, tops, rights, bottoms = zip(*(c["box"] for c in line), strict=True)
         box = [min(lefts), min(tops), max(rights), max(bottoms)]
         text = "".join(_best(character) for character in line)
         described.append({"text": text, "box": box, "characters": line})
-    if not own.table:
+    if not values.table:
         print(json.dumps(head | {"lines": described}, ensure_ascii=False))
         return
     for number, found in enumerate(described, 1):
@@ -268,7 +264,7 @@ def _save(picture: Any, path: str) -> None:
         raise InputError(f"--annotate={path}: {error.strerror or error}") from error
 
 
-def _tell_speed(recognizer: Any, count: int, seconds: float) -> None:
+def _print_speed(recognizer: Any, count: int, seconds: float) -> None:
     side = recognizer.to_normal_form(np.zeros((1, 1), np.uint8)).shape
     alone = []
     for _ in range(TIMED):

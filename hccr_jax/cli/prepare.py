@@ -15,37 +15,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from absl import flags
 
-from hccr_jax.data import labelled_images
-from hccr_jax.data.prepare import Prepared, prepare
+from hccr_jax.cli import command
 from hccr_jax.errors import InputError, shorten
 
 
-def _summary(prepared: Prepared, seconds: float) -> str:
-    manifest = prepared.manifest
-    done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
-    if manifest.get("faults"):
-        done += f", without {len(manifest['faults']):,} unusable pictures"
-    lines = [f"{prepared.folder}: {done}"]
-    for split, count in manifest["characters_per_split"].items():
-        names = manifest["characters_per_writer"][split]
-        writers = "unknown" if labelled_images.UNKNOWN_WRITER in names else f"{len(names)}"
-        classes = len(manifest["characters_per_class"][split])
-        lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
-    for reason, skipped in manifest["skipped"].items():
-        lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
-    if missing := manifest.get("not_trained"):
-        lines.append(
-            f"  {len(missing):,} of the charset without training images: {shorten(missing, ' ')}"
-        )
-    return "\n".join(lines)
-
-
-def _define_flags() -> flags.FlagValues:
-    """Returns the flags in a set of their own, so that importing this module defines none."""
-    values = flags.FlagValues()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list("archives", None, "Zips, folders or .gnt files.", flag_values=values)
     flags.DEFINE_list(
         "test_archives",
@@ -82,50 +62,58 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_bool(
         "overwrite", False, "Replace a data set made from other archives.", flag_values=values
     )
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    return values
 
 
-def _paths(names: Sequence[str] | None) -> list[Path]:
-    return [Path(name).expanduser() for name in names or ()]
+def run(values: SimpleNamespace) -> None:
+    """Runs the command."""
+    if values.pictures and (values.archives or values.test_archives):
+        raise InputError("--pictures and --archives make two data sets: give one of them")
+    if not values.pictures:
+        command.require(values, archives="see --help")
+    command.require(values, data_dir="see --help")
+    start = time.monotonic()
+    from hccr_jax.data import labelled_images
+    from hccr_jax.data.prepare import prepare
 
-
-def _charset(argument: str | None) -> tuple[str, ...]:
-    """Returns the characters asked for; none for what is usual."""
-    return labelled_images.read_charset(argument) if argument and argument != "level1" else ()
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns its exit code: 0 done, 2 wrong input."""
-    start, values = time.monotonic(), _define_flags()
-    try:
-        rest = values(argv)[1:]
-        if values.help:
-            print(f"{__doc__}\nFlags:{values.get_help()}")
-            return 0
-        if rest:
-            raise InputError(f"unexpected argument {rest[0]!r}: paths go in --archives")
-        if values.pictures and (values.archives or values.test_archives):
-            raise InputError("--pictures and --archives make two data sets: give one of them")
-        for required in ("data_dir",) if values.pictures else ("archives", "data_dir"):
-            if not values[required].value:
-                raise InputError(f"--{required} is missing: see --help")
-        prepared = prepare(
-            _paths(values.archives),
-            Path(values.data_dir).expanduser(),
-            values.name or ("pictures" if values.pictures else "casia_hwdb"),
-            values.on_error,
-            values.overwrite,
-            test_archives=_paths(values.test_archives),
-            pictures=Path(values.pictures).expanduser() if values.pictures else None,
-            characters=_charset(values.charset),
-        )
-    except (InputError, flags.Error) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+    wanted = values.charset if values.charset != "level1" else None  # that of archives anyway
+    prepared = prepare(
+        _paths(values.archives),
+        Path(values.data_dir).expanduser(),
+        values.name or ("pictures" if values.pictures else "casia_hwdb"),
+        values.on_error,
+        values.overwrite,
+        test_archives=_paths(values.test_archives),
+        pictures=Path(values.pictures).expanduser() if values.pictures else None,
+        characters=labelled_images.read_charset(wanted) if wanted else (),
+    )
     print(_summary(prepared, time.monotonic() - start))
     for fault in prepared.manifest.get("faults", []):
         print(f"warning: {fault}", file=sys.stderr)
     for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
         print(f"warning: are the tags right? {doubt}", file=sys.stderr)
-    return 0
+
+
+def _summary(prepared: Any, seconds: float) -> str:
+    from hccr_jax.data import labelled_images
+
+    manifest = prepared.manifest
+    done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
+    if manifest.get("faults"):
+        done += f", without {len(manifest['faults']):,} unusable pictures"
+    lines = [f"{prepared.folder}: {done}"]
+    for split, count in manifest["characters_per_split"].items():
+        names = manifest["characters_per_writer"][split]
+        writers = "unknown" if labelled_images.UNKNOWN_WRITER in names else f"{len(names)}"
+        classes = len(manifest["characters_per_class"][split])
+        lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
+    for reason, skipped in manifest["skipped"].items():
+        lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
+    if missing := manifest.get("not_trained"):
+        lines.append(
+            f"  {len(missing):,} of the charset without training images: {shorten(missing, ' ')}"
+        )
+    return "\n".join(lines)
+
+
+def _paths(names: Sequence[str] | None) -> list[Path]:
+    return [Path(name).expanduser() for name in names or ()]

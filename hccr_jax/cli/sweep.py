@@ -1,4 +1,4 @@
-"""Runs a list of named experiments and writes tables of what came out.
+"""Runs a list of named experiments and writes tables of their results.
 
 Examples:
 
@@ -7,10 +7,10 @@ Examples:
   hccr sweep --config=configs/experiments/paper.py --list
   hccr sweep --render=docs/results.md
 
-Each experiment and seed is a run of hccr_jax.main in WORKDIR/NAME-seedSEED, one after the other.
-Those that are finished are passed over, those cut off go on where they were, and one that fails
-does not hold up the others. Each result is a line of the output file; the tables and plots of a
-page are made from such files alone (`hccr_jax/report/experiment_tables.py` says how).
+Each experiment and seed is a run of `hccr train` in WORKDIR/NAME-seedSEED, one after the other.
+Finished ones are skipped, interrupted ones are resumed, and one that fails does not hold up the
+others. Each result is a line of the output file; the tables and plots of a page are made from such
+files alone (see `hccr_jax/report/experiment_tables.py`).
 
 Exit codes: 0 done, 1 an experiment failed, 2 the request was wrong, 130 or 143 stopped by Ctrl-C or
 SIGTERM, the run under way having saved.
@@ -23,45 +23,19 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax.cli import command
-from hccr_jax.cli.command import Experiment
+from hccr_jax.cli.config_files import Experiment, list_experiments, load_config
 from hccr_jax.errors import InputError
-from hccr_jax.report import experiment_tables
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line and returns its exit code."""
-    values = _define_flags()
-    try:
-        command.parse_flags(values, argv)
-        if values.help:
-            print(f"{__doc__}\nFlags:{values.get_help()}")
-            return 0
-        if values.render and not Path(values.render).is_file():
-            raise InputError(f"--render={values.render}: no such page")
-        code = 0
-        if values.config or not values.render:
-            experiments = _choose(values)
-            if values.list:
-                print(_listing(experiments))
-                return 0
-            code = _run_all(values, experiments)
-        if values.render and code in (0, 1):
-            experiment_tables.render(Path(values.render))
-    except InputError as error:
-        return command.report_error(error)
-    except KeyboardInterrupt:
-        return 130
-    return code
-
-
-def _define_flags() -> flags.FlagValues:
-    own = flags.FlagValues()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     for name, default, text in (
         ("config", None, "File of experiments, such as configs/experiments/paper.py."),
         ("data_dir", None, "Folder of the data sets; the config's where not given."),
@@ -69,19 +43,36 @@ def _define_flags() -> flags.FlagValues:
         ("output", None, "JSON lines, one a run; default results.jsonl in the workdir."),
         ("render", None, "Page whose tables to write; alone, nothing is run."),
     ):
-        flags.DEFINE_string(name, default, text, flag_values=own)
-    flags.DEFINE_list("only", None, "Names of experiments; all where not given.", flag_values=own)
-    flags.DEFINE_list("seeds", ["0"], "Each experiment runs once with each.", flag_values=own)
-    flags.DEFINE_bool("list", False, "Show the experiments and run nothing.", flag_values=own)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
-    return own
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    flags.DEFINE_list(
+        "only", None, "Names of experiments; all where not given.", flag_values=values
+    )
+    flags.DEFINE_list("seeds", ["0"], "Each experiment runs once with each.", flag_values=values)
+    flags.DEFINE_bool("list", False, "Show the experiments and run nothing.", flag_values=values)
 
 
-def _choose(values: flags.FlagValues) -> list[Experiment]:
+def run(values: SimpleNamespace) -> int:
+    """Runs the command and returns its exit code."""
+    if values.render and not Path(values.render).is_file():
+        raise InputError(f"--render={values.render}: no such page")
+    code = 0
+    if values.config or not values.render:
+        experiments = _choose(values)
+        if values.list:
+            print(_listing(experiments))
+            return 0
+        code = _run_all(values, experiments)
+    if values.render and code in (0, 1):
+        from hccr_jax.report import experiment_tables
+
+        experiment_tables.render(Path(values.render))
+    return code
+
+
+def _choose(values: SimpleNamespace) -> list[Experiment]:
     """Returns the experiments that are asked for, in the file's order."""
-    if not values.config:
-        raise InputError("--config is missing: for example --config=configs/experiments/paper.py")
-    experiments = command.list_experiments(values.config)
+    command.require(values, config="for example --config=configs/experiments/paper.py")
+    experiments = list_experiments(values.config)
     if not experiments:
         raise InputError(f"--config={values.config}: has no NAMES: not a file of experiments")
     names = [experiment.name for experiment in experiments]
@@ -104,12 +95,14 @@ def _listing(experiments: Sequence[Experiment]) -> str:
     return "\n".join(lines)
 
 
-def _run_all(values: flags.FlagValues, experiments: Sequence[Experiment]) -> int:
+def _run_all(values: SimpleNamespace, experiments: Sequence[Experiment]) -> int:
     """Runs what is not finished, keeps every result, and returns the exit code."""
+    from hccr_jax.report import experiment_tables
+
     workdir = Path(values.workdir or Path("runs", Path(values.config).stem)).expanduser()
     output = Path(values.output or workdir / "results.jsonl").expanduser()
-    order = [experiment.name for experiment in command.list_experiments(values.config)]
-    first = dict(config_lib.flatten(command.load_config(f"{values.config}:{order[0]}")))
+    order = [experiment.name for experiment in list_experiments(values.config)]
+    first = dict(config_lib.flatten(load_config(f"{values.config}:{order[0]}")))
     runs = [
         (
             experiment,
@@ -148,9 +141,9 @@ def _run_all(values: flags.FlagValues, experiments: Sequence[Experiment]) -> int
     return int(bool(failed))
 
 
-def _with(values: flags.FlagValues, experiment: Experiment, seed: int) -> ConfigDict:
+def _with(values: SimpleNamespace, experiment: Experiment, seed: int) -> ConfigDict:
     """Returns the config of a run."""
-    config = command.load_config(f"{values.config}:{experiment.name}")
+    config = load_config(f"{values.config}:{experiment.name}")
     config.seed = seed
     if values.data_dir:
         config.data.data_dir = values.data_dir
@@ -173,7 +166,7 @@ def _run(path: str, name: str, config: ConfigDict, folder: Path) -> tuple[int, i
 
     A signal is passed on as SIGTERM, at which the run saves and ends.
     """
-    command = [
+    program = [
         sys.executable, "-m", "hccr_jax.main", f"--config={path}:{name}", f"--workdir={folder}",
         f"--config.seed={config.seed}", f"--config.data.data_dir={config.data.data_dir}",
     ]  # fmt: skip
@@ -190,7 +183,7 @@ def _run(path: str, name: str, config: ConfigDict, folder: Path) -> tuple[int, i
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminate = signal.signal(signal.SIGTERM, pass_on)
     try:
-        processes.append(subprocess.Popen(command))
+        processes.append(subprocess.Popen(program))
         signal.signal(signal.SIGINT, pass_on)
         if received:  # before there was a process to pass it on to
             processes[0].terminate()

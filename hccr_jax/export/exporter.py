@@ -28,13 +28,6 @@ from hccr_jax.inference.steps import to_float
 from hccr_jax.models.functional import split_model
 from hccr_jax.runtime.checkpoints import check_classes
 
-# Of each format: its dtypes, the optional packages it requires, and their extra.
-FORMATS = {
-    "onnx": (("float32", "float16", "int8"), ("onnx", "onnxruntime"), "export"),
-    "litert": (("float32", "float16", "int8"), ("flatbuffers", "ai_edge_litert"), "litert"),
-    "stablehlo": (("float32", "float16"), ("flatbuffers",), "export"),
-    "safetensors": (("float32", "float16"), ("safetensors",), "export"),
-}
 # Tolerances of golden probabilities; those of int8 depend on how a runtime rounds.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
 GOLDEN_PAIRS = 16
@@ -123,7 +116,7 @@ def export(
 
     Args:
       pretrained: the network.
-      file_format: of `FORMATS`.
+      file_format: onnx, litert, stablehlo or safetensors.
       output: the file.
       dtype: one of the format's.
       calibration: uint8 (N, S, S), normalised images for int8.
@@ -174,7 +167,7 @@ def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split)
 
     Args:
       pretrained: the checkpoint's network.
-      file_format: of the file, of `FORMATS`.
+      file_format: of the file; see `export`.
       output: the file; its golden pairs are in the same folder.
       split: to compare on.
 
@@ -266,7 +259,7 @@ def _load(path: Path, file_format: str, threads: int = 0) -> Predict:
 
     Args:
       path: the file.
-      file_format: of `FORMATS`.
+      file_format: see `export`.
       threads: of ONNX Runtime and LiteRT; 0 for one per core.
     """
     loaders: dict[str, Callable[[Path], Predict]] = {

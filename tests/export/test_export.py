@@ -285,7 +285,7 @@ FORMATS = [
 def test_a_run_is_exported_and_verified(
     file_format: str, dtype: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for package in exporter.FORMATS[file_format][1]:
+    for package in cli_export.FORMATS[file_format][1]:
         pytest.importorskip(package)
     path = tmp_path / "network"
     flags = [f"--checkpoint={finished}", f"--format={file_format}", f"--output={path}"]
