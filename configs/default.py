@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.data.label_noise = 0.0
     # Trains on simulated writers too, on those of their characters that the data set has.
     config.data.mix_synthetic = False
+    config.data.strokes = ConfigDict()  # its name in 0.1, so that configs can set keys of it
     config.data.synthetic = ConfigDict()
     config.data.synthetic.num_characters = 3755  # the first ones in Unicode order
     config.data.synthetic.num_train_writers = 240

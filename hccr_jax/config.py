@@ -134,6 +134,7 @@ def upgrade(values: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
       the config, and the old keys found in it; keys that no version had stay as they are.
     """
     old_keys, config = [], default.get_config()
+    del config.data.strokes  # renamed as a whole
     # Old keys last: a config file that sets one started from today's default of the new one.
     with config.ignore_type():
         for old, value in sorted(flatten(ConfigDict(values)), key=lambda leaf: leaf[0] in RENAMED):

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
-from hccr_jax.cli import command
+from hccr_jax.cli import config_files
 from hccr_jax.config import (
     RULES,
     Steps,
@@ -64,8 +64,8 @@ def test_shipped_config_passes(name: str) -> None:
     "path", sorted((ROOT / "configs" / "experiments").glob("[!_]*.py")), ids=lambda path: path.stem
 )
 def test_experiments_pass_and_differ(path: Path) -> None:
-    names = [experiment.name for experiment in command.list_experiments(str(path))]
-    configs = [command.load_config(f"{path}:{name}") for name in names]
+    names = [experiment.name for experiment in config_files.list_experiments(str(path))]
+    configs = [config_files.load_config(f"{path}:{name}") for name in names]
     for config in configs:
         check(config)
     assert len(set(names)) == len({json.dumps(config.to_dict()) for config in configs}) > 1

@@ -26,7 +26,7 @@ from PIL import Image
 from runs import ROOT
 
 from hccr_jax import main
-from hccr_jax.cli import prepare
+from hccr_jax.cli import command
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.archives import list_members, read_member
 from hccr_jax.data.synthetic import medians
@@ -208,7 +208,7 @@ def test_own_characters_need_few_pictures(
                     bitmap = np.pad(scan.bitmap, 12, constant_values=255)
                     Image.fromarray(bitmap).save(folder / f"{number}-{index}.png")
     data = [f"--pictures={tmp_path / 'pictures'}", f"--data_dir={tmp_path / 'data'}"]
-    assert prepare.main(["prepare", *data, "--name=mine"]) == 0
+    assert command.main(["prepare", *data, "--name=mine"]) == 0
     config = json.loads((weights / "config.json").read_text())
     top1: dict[str, list[float]] = {"from simulated writers": [], "from nothing": []}
     for start, scores in top1.items():

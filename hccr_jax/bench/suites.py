@@ -4,13 +4,9 @@ import dataclasses
 import functools
 import gc
 import math
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +22,6 @@ from hccr_jax.bench.timing import Workload
 from hccr_jax.bench.workloads import Workloads
 from hccr_jax.inference.network import compute_dtype, create_module
 from hccr_jax.runtime import sharding
-from hccr_jax.runtime.worker_pool import cpu_count
 from hccr_jax.train.setup import augment_options
 
 BASELINE_ROWS = ("train_step", "train_step_augmented", "forward", "augment")

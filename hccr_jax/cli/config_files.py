@@ -20,7 +20,7 @@ from hccr_jax.errors import InputError
 
 _SHIPPED = Path(configs.__path__[0])
 _RENAMED = {"strokes": "synthetic"}  # configs of 0.1
-_DEFINE = {
+_DEFINE: dict[type, Any] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -76,7 +76,7 @@ def list_experiments(name: str) -> list[Experiment]:
     Raises:
       InputError: the file is not found or cannot be run.
     """
-    with _running(name) as module:
+    with _running(name, name) as module:
         return _experiments(module)
 
 
@@ -90,7 +90,7 @@ def load_config(argument: str) -> ConfigDict:
       InputError: the file cannot be run, has no such experiment, or its config other keys.
     """
     path, colon, name = argument.partition(":")
-    with _running(path) as module:
+    with _running(path, argument) as module:
         names = [experiment.name for experiment in _experiments(module)]
         if names and name not in names:
             near = difflib.get_close_matches(name, names, n=1) or names[:1]
@@ -163,11 +163,11 @@ def _experiments(module: Mapping[str, Any]) -> list[Experiment]:
 
 
 @contextlib.contextmanager
-def _running(name: str) -> Iterator[dict[str, Any]]:
-    """Yields what a config file defines; turns what it raises, then and in the body, into a line.
+def _running(name: str, argument: str) -> Iterator[dict[str, Any]]:
+    """Yields what a config file defines; an error in it, or in the body, becomes an InputError.
 
     The file may say `from configs import v2`: that is a module of its own folder `configs`, where
-    it lies in one, or else of ours, whatever package `configs` is installed.
+    it is in one, or else of ours, whatever package `configs` is installed.
     """
     path = find(name)
     module = types.ModuleType("configs")
@@ -180,7 +180,7 @@ def _running(name: str) -> Iterator[dict[str, Any]]:
     except InputError:
         raise
     except Exception as error:  # a config file is a program: it may raise anything
-        raise InputError(f"--config={name}: {type(error).__name__}: {error}") from error
+        raise InputError(f"--config={argument}: {type(error).__name__}: {error}") from error
     finally:
         for other in filter(_is_configs, list(sys.modules)):
             del sys.modules[other]

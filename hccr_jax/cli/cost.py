@@ -1,4 +1,4 @@
-"""What depthwise-separable convolutions save in a network: section 3.2 of the paper as a tool.
+"""Counts what depthwise-separable convolutions save in a network, as section 3.2 of the paper.
 
 Examples:
 

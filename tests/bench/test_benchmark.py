@@ -15,8 +15,10 @@ from flax import nnx
 
 from hccr_jax.bench import rows as bench_rows
 from hccr_jax.bench import tables
+from hccr_jax.bench.suites import BASELINE_ROWS
 from hccr_jax.bench.timing import Workload, measure, repeated
-from hccr_jax.cli import benchmark
+from hccr_jax.bench.workloads import ROWS
+from hccr_jax.cli import command
 from hccr_jax.configs import default
 from hccr_jax.models.functional import count_parameters, split_model
 from hccr_jax.models.registry import create_model
@@ -62,7 +64,7 @@ def settings() -> Iterator[None]:
 
 def rows_of(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
     """Runs the command and returns its rows by name, each checked for its columns."""
-    assert benchmark.main(["benchmark", *TINY, *flags]) == 0
+    assert command.main(["benchmark", *TINY, *flags]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for row in rows:
         assert set(row["about"]) == ABOUT
@@ -88,7 +90,7 @@ def test_rows_of_the_network(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     for name in names if BASELINE else ():
         check_baseline(rows[name], rows[f"{name}/torch_eager"], rows[f"{name}/torch_graph"])
     assert json.loads(output.read_text("utf-8"))["rows"] == list(rows.values())
-    assert benchmark.main(["benchmark", f"--render={output}"]) == 0
+    assert command.main(["benchmark", f"--render={output}"]) == 0
     table = capsys.readouterr().out
     assert "**mobilenet_v1**" in table
     for name in names:
@@ -114,7 +116,7 @@ def test_measured_kernels_are_what_the_library_chooses_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = f"--output={tmp_path / 'kernels.json'}"
-    assert benchmark.main(["benchmark", *TINY, "--suite=kernels", output]) == 0
+    assert command.main(["benchmark", *TINY, "--suite=kernels", output]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     monkeypatch.setattr(dispatch, "MEASURED", tmp_path)
     dispatch._rankings.cache_clear()
@@ -135,11 +137,11 @@ def test_all_rows_and_the_baseline(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     rows = rows_of(capsys, "--suite=cpu", "--modes=eager,graph")
     ours = [name for name in rows if "/" not in name]
-    assert ours == list(benchmark.ROWS)
+    assert ours == list(ROWS)
     assert rows["prepare"]["ms_per_step"] is None
     for name in ours:
-        assert (rows[name]["baseline"] == "eager") == (name in benchmark.BASELINE_ROWS)
-        assert (rows[name]["ratio"] is not None) == (name in benchmark.BASELINE_ROWS)
+        assert (rows[name]["baseline"] == "eager") == (name in BASELINE_ROWS)
+        assert (rows[name]["ratio"] is not None) == (name in BASELINE_ROWS)
 
 
 def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +180,7 @@ def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]
 def test_wrong_request_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    assert benchmark.main(["benchmark", *flags]) == 2
+    assert command.main(["benchmark", *flags]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -186,7 +188,7 @@ def test_wrong_request_is_reported_in_one_line(
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["benchmark", "--help"]) == 0
+    assert command.main(["benchmark", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "hccr benchmark --config=configs/v2.py --suite=gpu --output=" in printed
     for flag in ("--batch_size", "--rows", "--baseline", "--suite", "--output", "--render"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hccr_jax.cli import analyse
+from hccr_jax.cli import analyse, command
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.report import analysis
@@ -30,7 +30,7 @@ def test_confused_pairs_hold_every_mistake_once() -> None:
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("report") / "analysis.html"
     flags = [f"--workdir={finished}", f"--against={finished}", f"--output={output}"]
-    assert analyse.main(["report", *flags]) == 0
+    assert command.main(["analyse", *flags]) == 0
     return output.read_text("utf-8")
 
 
@@ -56,7 +56,7 @@ def test_a_run_is_as_good_as_itself(page: str) -> None:
 
 
 def test_predictions_are_the_recognizers(finished: Path) -> None:
-    predicted = analyse._predict(str(finished), None, None)
+    predicted = analyse.predict(str(finished), None, None)
     recognizer = Recognizer.load(finished)
     for row, candidates in enumerate(recognizer.classify(predicted.split.images[:8])):
         best = candidates[0]
@@ -69,7 +69,7 @@ def test_another_split_has_its_own_interval(
 ) -> None:
     output = tmp_path / "a.html"
     flags = [f"--workdir={finished}", "--split=validation", f"--output={output}"]
-    assert analyse.main(["report", *flags]) == 0
+    assert command.main(["analyse", *flags]) == 0
     best = load_pretrained(finished).validation["top1"]
     assert f"{best:.2%}" in output.read_text("utf-8")
 
@@ -87,7 +87,7 @@ def test_a_wrong_request_is_told_in_a_line(
     finished: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = [flag.format(run=finished) for flag in flags]
-    assert analyse.main(["report", *named]) == 2
+    assert command.main(["analyse", *named]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

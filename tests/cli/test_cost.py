@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax.cli import cost
+from hccr_jax.bench import cost
+from hccr_jax.cli import command
 from hccr_jax.models.costs import named_costs
 from hccr_jax.models.registry import create_model
 
@@ -62,7 +63,7 @@ def test_mobilenet_with_standard_convolutions_is_as_published():
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
-    code = cost.main(["cost", *flags])
+    code = command.main(["cost", *flags])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from hccr_jax.cli import predict
+from hccr_jax.cli import command
 from hccr_jax.data.images import files, ink
 from hccr_jax.data.images.normalize import normalize
 from hccr_jax.data.splits import load_split
@@ -167,7 +167,7 @@ def test_a_gnt_file_is_answered_as_in_an_evaluation(
         file = tmp_path / f"{writer}.gnt"
         file.write_bytes(write_member("".join(sorted(split.classes)), int(writer), seed=0))
     capsys.readouterr()
-    assert predict.main(["predict", f"--checkpoint={run}", str(tmp_path), "--top=5"]) == 0
+    assert command.main(["predict", f"--checkpoint={run}", str(tmp_path), "--top=5"]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("note: ")
     assert err.count("\n") == 1
@@ -302,7 +302,7 @@ def test_a_page_is_printed_and_drawn(
     path, drawn = tmp_path / "page.png", tmp_path / "drawn.png"
     Image.fromarray(page).save(path)
     flags = ["--page", f"--annotate={drawn}", "--reject_at=1", "--top=2"]
-    assert predict.main(["predict", f"--checkpoint={finished}", str(path), *flags]) == 0
+    assert command.main(["predict", f"--checkpoint={finished}", str(path), *flags]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["width"], answer["height"]) == page.shape[::-1]
     for line, expected in zip(answer["lines"], boxes, strict=True):
@@ -326,25 +326,25 @@ def test_the_command_line(
     for name, character in zip(names, "万上", strict=True):
         Image.fromarray(on_paper(write(character))).save(name)
     (tmp_path / "notes.txt").write_text("no picture")
-    command = ["predict", f"--checkpoint={finished}"]
+    start = ["predict", f"--checkpoint={finished}"]
 
-    assert predict.main([*command, str(tmp_path), "--top=3", "--reject_at=0"]) == 0
+    assert command.main([*start, str(tmp_path), "--top=3", "--reject_at=0"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["file"] for line in lines] == list(map(str, names))
     assert all(len(line["candidates"]) == 3 and not line["rejected"] for line in lines)
 
-    assert predict.main([*command, *map(str, names), "--table", "--time"]) == 0
+    assert command.main([*start, *map(str, names), "--table", "--time"]) == 0
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == list(map(str, names))
     assert "2 characters in" in err
 
     stdin = io.TextIOWrapper(io.BytesIO(names[0].read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)
-    assert predict.main([*command, "--top=3", "-"]) == 0
+    assert command.main([*start, "--top=3", "-"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["candidates"] == lines[0]["candidates"]
 
-    assert predict.main(["predict", "--help"]) == 0
+    assert command.main(["predict", "--help"]) == 0
     assert "--page" in capsys.readouterr().out
 
 
@@ -382,7 +382,7 @@ def test_bad_pictures_are_told_in_one_line_each(
         (tmp_path / name).write_bytes(data)
     (tmp_path / "good.png").write_bytes(GOOD)
     flags = [f"--checkpoint={finished}", *["--page"] * page]
-    assert predict.main(["predict", *flags, str(tmp_path)]) == 2
+    assert command.main(["predict", *flags, str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     told = dict(line.split(": ", 1) for line in err.splitlines())
     assert {Path(name.partition(",")[0]).name for name in told} == BAD.keys()
@@ -434,6 +434,6 @@ def test_a_wrong_request_is_told_in_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
-    assert predict.main(["predict", *arguments]) == 2
+    assert command.main(["predict", *arguments]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", message + "\n")

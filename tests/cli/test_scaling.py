@@ -5,9 +5,9 @@ import math
 import pytest
 from runs import ROOT
 
-from hccr_jax.cli import scaling
-from hccr_jax.cli.command import load_config
-from hccr_jax.cli.scaling import Links, efficiency, exchanges
+from hccr_jax.bench.scaling import Links, efficiency, exchanges
+from hccr_jax.cli import command
+from hccr_jax.cli.config_files import load_config
 
 LINKS = Links(gpus=8, nvlink=400e9, network=50e9, latency=20e-6, hop=5e-6)
 
@@ -47,7 +47,7 @@ def test_a_reduction_takes_what_its_links_allow() -> None:
 )
 def test_wrong_requests(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = f"--config={ROOT / 'configs' / 'v2.py'}"
-    assert scaling.main(["scaling", config, *flags]) == 2
+    assert command.main(["scaling", config, *flags]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hccr_jax.cli import sweep
+from hccr_jax.cli import command
 
 ROOT = Path(__file__).parents[2]
 FILE = """
@@ -58,7 +58,7 @@ def write(path: Path, tiny_job: list[str], num_steps: int = 100_000, **names: ob
 
 def run(file: Path, *flags: str) -> int:
     folder = file.parent
-    return sweep.main(["sweep", f"--config={file}", f"--workdir={folder / 'runs'}", *flags])
+    return command.main(["sweep", f"--config={file}", f"--workdir={folder / 'runs'}", *flags])
 
 
 def rows(file: Path) -> list[dict]:
@@ -101,9 +101,9 @@ def test_sweep_runs_all_and_names_what_failed(
 
 def stop(file: Path, number: signal.Signals, *, group: bool) -> int:
     """Starts a long run by the sweep, stops both or the sweep alone, and returns its exit code."""
-    command = [sys.executable, "-m", "hccr_jax", "sweep", f"--config={file}", "--only=long"]
-    command += ["--seeds=3,4", f"--workdir={file.parent / 'runs'}"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    program = [sys.executable, "-m", "hccr_jax", "sweep", f"--config={file}", "--only=long"]
+    program += ["--seeds=3,4", f"--workdir={file.parent / 'runs'}"]
+    process = subprocess.Popen(program, start_new_session=True, stdout=subprocess.DEVNULL)
     metrics = file.parent / "runs" / "long-seed3" / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 600
@@ -164,7 +164,7 @@ def test_list_names_the_experiments(file: Path, capsys: pytest.CaptureFixture[st
 def test_wrong_request_is_told_in_one_line(
     file: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    assert sweep.main(["sweep", *(flag.format(file) for flag in flags)]) == 2
+    assert command.main(["sweep", *(flag.format(file) for flag in flags)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err

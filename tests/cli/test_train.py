@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hccr_jax import main
+from hccr_jax.cli.train import default_workdir
 from hccr_jax.report import run_report
 from hccr_jax.runtime.checkpoint_seal import write_seal
 
@@ -65,9 +66,13 @@ def trained(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
         ([], "--config is missing: for example --config=configs/quickstart.py"),
         (
             ["--config=nowhere.py"],
-            "--config=nowhere.py: no such file; see configs/ for those that ",
+            "--config=nowhere.py: no such file; the library has alexnet, default, ",
         ),
-        (["--config", "nowhere.py"], "--config=nowhere.py: no such file; see configs/"),
+        (["--config", "nowhere.py"], "--config=nowhere.py: no such file; the library"),
+        (["--config=quickstrat"], "--config=quickstrat: no such file; did you mean quickstart?"),
+        (["--config=configs/v2_bset.py"], "no such file; did you mean v2_best or "),
+        (["--config=experiments/papr:once"], "no such file; did you mean experiments/paper"),
+        (["--config=experiments/paper:onec"], "such as --config=experiments/paper:once"),
         ([V2, "--config.optimizer.learning_rat=1"], "did you mean optimizer.learning_rate or "),
         (
             [f"--config={PAPER}"],
@@ -94,7 +99,7 @@ def trained(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
         ([V2, "--checkpoint=x"], "--checkpoint goes with --mode=eval"),
     ],
 )
-def test_wrong_request_is_told_in_one_line(
+def test_wrong_request_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], flags: Sequence[str], message: str
 ) -> None:
     assert message in refused(capsys, *flags)
@@ -104,8 +109,8 @@ def test_an_experiment_is_a_config_of_its_own() -> None:
     parsed = main.parse(["main", f"--config={PAPER}:rate_0005", "--config.batch_size=64"])
     assert parsed.config.optimizer.learning_rate == 0.0005
     assert parsed.config.batch_size == 64
-    assert parsed.workdir == "runs/paper/rate_0005"
-    assert main.parse(["main", V2]).workdir == "runs/v2"
+    assert default_workdir(parsed.config_name) == Path("runs/paper/rate_0005")
+    assert default_workdir("v2") == default_workdir("configs/v2.py") == Path("runs/v2")
 
 
 @pytest.mark.parametrize(

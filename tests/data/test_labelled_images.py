@@ -11,12 +11,13 @@ from runs import saved
 from test_prepare import bitmap, member
 
 from hccr_jax import main as main_lib
-from hccr_jax.cli.prepare import main, prepare
+from hccr_jax.cli.command import main
 from hccr_jax.data import labelled_images, splits, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.gnt import pack_record
 from hccr_jax.data.images import ink
 from hccr_jax.data.images.normalize import normalize
+from hccr_jax.data.prepare import prepare
 from hccr_jax.errors import InputError
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.runtime.startup import Timeline

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hccr_jax.cli.prepare import main, prepare
+from hccr_jax.cli.command import main
 from hccr_jax.data import splits, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.gnt import pack_record
 from hccr_jax.data.images.normalize import normalize
+from hccr_jax.data.prepare import prepare
 from hccr_jax.errors import InputError
 
 # In GB2312 order, not in Unicode order; the last one is written by test writers only.
@@ -312,10 +313,10 @@ def test_two_processes_may_load_a_new_split_at_once(prepared: Path) -> None:
 
 def test_neither_jax_nor_tensorflow_is_imported(prepared: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from hccr_jax.cli import prepare\n"
+        "import sys; from hccr_jax.cli import command\n"
         "if __name__ == '__main__':\n"
         "  assert not {'jax', 'tensorflow_datasets'} & set(sys.modules)\n"
-        "  assert prepare.main(sys.argv) == 0\n"
+        "  assert command.main(['prepare', *sys.argv[1:]]) == 0\n"
         "  assert 'tensorflow_datasets' in sys.modules\n"
         "  assert not {'jax', 'tensorflow'} & set(sys.modules)\n"
     )

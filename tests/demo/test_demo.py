@@ -23,7 +23,7 @@ from browser import browse
 from make_golden_drawings import DRAWINGS, PATH, character_strokes, golden
 from PIL import Image
 
-from hccr_jax.cli import serve
+from hccr_jax.cli import command
 from hccr_jax.data.casia.archives import list_members, read_member
 from hccr_jax.data.images import strokes
 from hccr_jax.data.images.normalize import ink_box
@@ -389,7 +389,7 @@ def test_the_command_serves_until_it_is_interrupted(finished: Path):
 def test_wrong_request_is_reported_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert serve.main(["demo", *arguments]) == 2
+    assert command.main(["serve", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)
@@ -399,7 +399,7 @@ def test_wrong_request_is_reported_in_one_line(
 def test_address_in_use_is_reported(
     finished: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]
 ):
-    assert serve.main(["demo", f"--checkpoint={finished}", f"--port={address[1]}"]) == 1
+    assert command.main(["serve", f"--checkpoint={finished}", f"--port={address[1]}"]) == 1
     assert "in use" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax.cli import predict
+from hccr_jax.cli import command
 from hccr_jax.data.casia.charset import level1
 from hccr_jax.data.synthetic.draw import draw
 from hccr_jax.data.synthetic.writer import create_writer
@@ -223,5 +223,5 @@ def test_the_rejector_of_other_weights_is_not_used(
     folder = copied(change)
     assert not Recognizer.load(folder).can_reject
     flags = [f"--checkpoint={folder}", "--reject_at=0.1", str(folder / "plots")]
-    assert predict.main(["predict", *flags]) == 2
+    assert command.main(["predict", *flags]) == 2
     assert "holds no rejector" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hccr_jax.cli import export as export_command
+from hccr_jax.cli import command
+from hccr_jax.cli.export import FORMATS as REQUIREMENTS
 from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
 from hccr_jax.export import (
@@ -270,7 +271,7 @@ def test_safetensors_hold_all_weights_and_layers(tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
-    code = export_command.main(["export", *flags])
+    code = command.main(["export", *flags])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -285,7 +286,7 @@ FORMATS = [
 def test_a_run_is_exported_and_verified(
     file_format: str, dtype: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for package in cli_export.FORMATS[file_format][1]:
+    for package in REQUIREMENTS[file_format][1]:
         pytest.importorskip(package)
     path = tmp_path / "network"
     flags = [f"--checkpoint={finished}", f"--format={file_format}", f"--output={path}"]

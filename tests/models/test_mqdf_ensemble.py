@@ -13,6 +13,7 @@ import pytest
 from scipy.special import log_softmax
 
 from hccr_jax import main
+from hccr_jax.cli import command
 from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
 from hccr_jax.export import exporter
@@ -190,8 +191,8 @@ def test_a_file_holds_the_network_alone(
     for run in (both, finished):
         output = f"--output={tmp_path / run.name}"
         flags = [f"--checkpoint={run}", "--format=safetensors", output]
-        assert exporter.main(["export", *flags]) == 0
-        told = "the network alone: no file holds the classical recogniser beside it"
+        assert command.main(["export", *flags]) == 0
+        told = "the network alone: no file holds the MQDF that it is ensembled with"
         assert (told in capsys.readouterr().out) == (run == both)
     one, other = (exporter.read_golden(tmp_path / run.name) for run in (both, finished))
     np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
