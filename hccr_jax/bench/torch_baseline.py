@@ -1,7 +1,7 @@
 """The PyTorch baseline of the benchmark: the same networks, written as a PyTorch user would.
 
 Channels last, float32 on a CPU and bfloat16 autocast on a GPU, fused Adam, augmentation by one
-`grid_sample` on the device, images as uint8 in its memory. Needs the optional extra `baseline`.
+`grid_sample` on the device, images as uint8 in its memory. Needs the optional extra `torch`.
 """
 
 import functools

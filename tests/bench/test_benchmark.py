@@ -188,12 +188,10 @@ def test_wrong_request_is_reported_in_one_line(
 
 
 def test_flags_of_version_0_1_work_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["benchmark", "--peer=torch", "--suite=forms"]) == 2
-    warnings = capsys.readouterr().err.splitlines()[:2]
-    assert warnings == [
-        "warning: --peer is now --baseline",
-        "warning: --suite=forms is now --suite=kernels",
-    ]
+    assert command.main(["benchmark", "--peer=torch", "--suite=forms"]) == 2
+    peer, forms, _ = capsys.readouterr().err.splitlines()
+    assert peer.startswith("warning: --peer is now --baseline")
+    assert forms.startswith("warning: --suite=forms is now --suite=kernels")
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
