@@ -83,7 +83,7 @@ class Workloads:
         mesh = self._network.mesh
         images = np.random.default_rng(0).integers(0, 256, self._image_shape, np.uint8)
         batch = sharding.shard_batch((images, np.zeros(self.batch_size, np.int32)), mesh)
-        arguments = self._network.params, self._network.batch_stats, *batch
+        arguments = self._network.variables, *batch
         return Workload(
             repeated(lambda: compiled(*arguments), jax.block_until_ready),
             self.batch_size,
@@ -141,13 +141,15 @@ class Workloads:
     def evaluation(self) -> Workload:
         """An exact pass over some batches of a split on disk."""
         compiled, seconds = self._eval_step
-        network, split = self._network, self._split
+        split = self._split
+        network = dataclasses.replace(
+            self._network, eval_step=compiled, eval_batch_size=self.batch_size
+        )
         count = min(len(split.labels), EVALUATED_BATCHES * self.batch_size)
         images: Any = split.images[:count]
         part = dataclasses.replace(split, images=images, labels=split.labels[:count])
-        arguments = compiled, network.params, network.batch_stats, part
         return Workload(
-            repeated(_quiet(lambda: evaluate(*arguments, self.batch_size, network.mesh))),
+            repeated(_quiet(lambda: evaluate(network, part))),
             count,
             seconds,
             _memory_mib(compiled),
@@ -268,7 +270,7 @@ class Workloads:
             jax.ShapeDtypeStruct(self._image_shape, jnp.uint8, sharding=rows),
             jax.ShapeDtypeStruct((self.batch_size,), jnp.int32, sharding=rows),
         )
-        return _compile(network.eval_step, network.params, network.batch_stats, *batch)
+        return _compile(network.eval_step, network.variables, *batch)
 
     @functools.cached_property
     def _split(self) -> Split:

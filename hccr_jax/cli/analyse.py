@@ -72,10 +72,11 @@ def predict(workdir: str, split_name: str | None, data_dir: str | None) -> Any:
     split = load(config, split_name or config.data.test_split)
     check_classes(pretrained.classes, split.classes, pretrained.source)
     temperature = read_temperature(pretrained)
-    step = make_logits_step(network.apply, network.mesh, network.views)
-    variables, size = (network.params, network.batch_stats), network.eval_batch_size
+    views, member = network.tta_views, network.member
+    step = make_logits_step(network.apply, network.mesh, views, member)
+    variables, size = network.variables, network.eval_batch_size
     candidates, confidence = [], []
-    for (logits,) in read_outputs(step, *variables, split.images, size, network.mesh):
+    for (logits,) in read_outputs(step, variables, split.images, size, network.mesh):
         weights = calibration.probabilities(logits, temperature or 1.0)
         candidates.append(np.argsort(-weights, axis=1, kind="stable")[:, :5])
         confidence.append(weights.max(axis=1))

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +141,18 @@ def rows_spread(count: int, most: int) -> np.ndarray:
     """
     size = min(count, most)
     return np.arange(size) * count // max(size, 1)
+
+
+def padded_rows(count: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the row numbers of batches of one size; the last row fills up an incomplete batch.
+
+    All batches of one size need only one compiled program; the results are cut to `count` rows.
+
+    >>> [rows.tolist() for rows in padded_rows(5, 3)]
+    [[0, 1, 2], [3, 4, 4]]
+    """
+    for start in range(0, count, batch_size):
+        yield np.minimum(np.arange(start, start + batch_size), count - 1)
 
 
 def load_bitmaps(

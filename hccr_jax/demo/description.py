@@ -26,7 +26,7 @@ def describe_for_browser(checkpoint: str | Path) -> dict[str, Any]:
     # A run's temperature is fitted to the whole ensemble; the exported file is the network alone.
     alone = pretrained.config.model.mqdf_weight == 0.0
     temperature = read_temperature(pretrained) if alone else None
-    views = pretrained.network.views
+    views = pretrained.network.tta_views
     maps, weights = (views.maps, views.weights) if views else (np.eye(2)[None], np.ones(1))
     return {
         "mode": "browser",

@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hccr_jax.data.splits import Split, gather
+from hccr_jax.data.splits import Split, gather, padded_rows
+from hccr_jax.inference.network import Network
+from hccr_jax.inference.steps import Variables, stage_names
 from hccr_jax.runtime import distributed, sharding, watchdog
 from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.signals import Stopped
@@ -19,7 +21,7 @@ BATCHES_AHEAD = 3  # in the devices' memory, waiting
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a network says about a split, row by row.
+    """A network's predictions for a split, row by row.
 
     Attributes:
       losses: float32 (N,), cross-entropy in nats.
@@ -33,6 +35,11 @@ class Predictions:
     probabilities: np.ndarray
     labels: np.ndarray
 
+    @property
+    def is_right(self) -> np.ndarray:
+        """Whether the best class is the label, bool (N,)."""
+        return self.candidates[:, 0] == self.labels
+
     def summary(self) -> dict[str, Any]:
         """Returns `count`, `loss`, `top1` and `top5` (shares of 1)."""
         hits = self.candidates == self.labels[:, None]
@@ -45,65 +52,68 @@ class Predictions:
 
 
 def evaluate(
-    eval_step: Callable[..., Any],
-    params: Any,
-    batch_stats: Any,
-    split: Split,
-    batch_size: int,
-    mesh: Mesh,
-    leaves: Callable[[], bool] = lambda: False,
+    network: Network, split: Split, should_stop: Callable[[], bool] = lambda: False
 ) -> Predictions:
-    """Returns the network's answers to every record of a split, each counted once.
+    """Returns the predictions for every record of a split, with all that the network is to use.
 
     Args:
-      eval_step: from `train_step.make_eval_step`.
-      params, batch_stats: the network's.
+      network: with test-time augmentation and ensemble member, where it has them.
       split: from `splits.load_split`.
-      batch_size: over all devices; a last incomplete batch is filled up and the filling dropped.
-      mesh: from `sharding.create_mesh`.
-      leaves: asked between batches; the same in all processes.
+      should_stop: called between batches; the same in all processes.
 
     Raises:
-      Stopped: `leaves` said so.
+      Stopped: `should_stop` returned True.
     """
-    count, mine = len(split.labels), process_rows(batch_size)
-    parts: list[Any] = []
-    starts, silent = range(0, count, batch_size), not distributed.is_primary()
-    for start in tqdm(starts, "evaluating", leave=False, unit="batch", disable=silent):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = sharding.shard_batch(gather(split, rows[mine]), mesh)
-        parts.append(eval_step(params, batch_stats, *batch))
+    return list(evaluate_stages(network, split, should_stop).values())[-1]
+
+
+def evaluate_stages(
+    network: Network, split: Split, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Predictions]:
+    """Returns the predictions for a split of each of `steps.stage_names`, in a single pass.
+
+    Args, Raises: like `evaluate`.
+    """
+    count, size, labels = len(split.labels), network.eval_batch_size, np.asarray(split.labels)
+    batches: list[Any] = []
+    progress = tqdm(
+        list(padded_rows(count, size)), "evaluating", leave=False, unit="batch",
+        disable=not distributed.is_primary(),
+    )  # fmt: skip
+    for rows in progress:
+        batch = sharding.shard_batch(gather(split, rows[process_rows(size)]), network.mesh)
+        batches.append(network.eval_step(network.variables, *batch))
         watchdog.beat("evaluating")  # not before the first batch, which compiles
-        if leaves():
+        if should_stop():
             raise Stopped
-        if len(parts) > BATCHES_AHEAD:  # not sooner: reading is to go on while devices compute
-            jax.block_until_ready(parts[-1 - BATCHES_AHEAD])
+        if len(batches) > BATCHES_AHEAD:  # not sooner: gathering goes on while devices compute
+            jax.block_until_ready(batches[-1 - BATCHES_AHEAD])
     watchdog.beat("after evaluating", watchdog.SLOW)
-    whole = map(np.concatenate, zip(*jax.device_get(parts), strict=True))
-    losses, candidates, probabilities = (part[:count] for part in whole)
-    return Predictions(losses, candidates, probabilities, np.asarray(split.labels))
+    arrays = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *jax.device_get(batches))
+    names = stage_names(network.tta_views, network.member)
+    return {name: Predictions(*stage, labels) for name, stage in zip(names, arrays, strict=True)}
 
 
 def read_outputs(
     logits_step: Callable[..., Any],
-    params: Any,
-    batch_stats: Any,
+    variables: Variables,
     images: np.ndarray,
     batch_size: int,
     mesh: Mesh,
 ) -> Iterator[list[np.ndarray]]:
-    """Yields what a network makes of images, in their order, batch by batch.
+    """Yields a network's outputs for images, in their order, batch by batch.
 
     Args:
-      logits_step: from `train_step.make_logits_step`.
-      params, batch_stats, batch_size, mesh: as for `evaluate`.
+      logits_step: from `steps.make_logits_step`.
+      variables: of the network.
       images: uint8 (N, S, S).
+      batch_size: over all devices.
+      mesh: from `sharding.create_mesh`.
     """
-    mine = process_rows(batch_size)
-    for start in range(0, len(images), batch_size):
-        last = min(start + batch_size, len(images))
-        rows = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        batch = sharding.shard_batch(images[rows[mine]], mesh)
-        outputs = logits_step(params, batch_stats, batch)
+    left = len(images)
+    for rows in padded_rows(left, batch_size):
+        batch = sharding.shard_batch(images[rows[process_rows(batch_size)]], mesh)
+        outputs = logits_step(variables, batch)
         watchdog.beat("calibrating", watchdog.SLOW)
-        yield [np.asarray(output)[: last - start] for output in outputs]
+        yield [np.asarray(output)[:left] for output in outputs]
+        left -= batch_size

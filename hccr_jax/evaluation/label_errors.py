@@ -11,18 +11,18 @@ from hccr_jax.report import image_grids
 
 
 def write_label_errors(
-    workdir: Path, answers: Predictions, split: Split, count: int, step: int
+    workdir: Path, predictions: Predictions, split: Split, count: int, step: int
 ) -> None:
     """Writes `suspects.json` and `plots/suspects.png`: the rows of the highest loss, worst first.
 
     Args:
       workdir: of the run.
-      answers: the network's, to every row of the split.
+      predictions: for every row of the split.
       split: the training split, with the labels that the network was trained on.
       count: the most rows to write.
       step: of the checkpoint.
     """
-    worst = np.argsort(-answers.losses, kind="stable")[:count]
+    worst = np.argsort(-predictions.losses, kind="stable")[:count]
     rows = [
         {
             "row": int(row),
@@ -30,10 +30,10 @@ def write_label_errors(
             "record": int(split.record_numbers[row]),
             "writer": str(split.writers[row]),
             "label": split.classes[split.labels[row]],
-            "prediction": split.classes[answers.candidates[row, 0]],
-            "label_probability": float(np.exp(-answers.losses[row], dtype=np.float64)),
-            "prediction_probability": float(answers.probabilities[row, 0]),
-            "loss": float(answers.losses[row]),
+            "prediction": split.classes[predictions.candidates[row, 0]],
+            "label_probability": float(np.exp(-predictions.losses[row], dtype=np.float64)),
+            "prediction_probability": float(predictions.probabilities[row, 0]),
+            "loss": float(predictions.losses[row]),
         }
         for row in worst
     ]
@@ -44,8 +44,8 @@ def write_label_errors(
         workdir,
         split.images[worst],
         split.labels[worst],
-        answers.candidates[worst, 0],
-        answers.probabilities[worst, 0],
+        predictions.candidates[worst, 0],
+        predictions.probabilities[worst, 0],
         split.classes,
         title=f"The {len(worst)} most suspicious of {len(split.labels):,}: label → answer",
     )

@@ -1,4 +1,4 @@
-"""What should be rejected: fits a rejector to a network and tells what it is worth."""
+"""Rejection: fits a rejector to a network and scores it on negatives."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from hccr_jax.metrics.ranking import auroc
 from hccr_jax.report import plots
 from hccr_jax.runtime import distributed
 
-SEED = 5000  # of all negatives: every network meets the same
-ALPHA = 0.05  # the share of sound characters that the table gives up
+SEED = 5000  # of all negatives, the same for every network
+ALPHA = 0.05  # the share of sound characters that the scores reject
 TIMES_CROSSED_OUT = 2  # each character that the rejector is fitted to
 
 FIT_SYMBOLS, NEW_SYMBOLS = (list(negatives.SYMBOLS)[start::2] for start in (0, 1))
@@ -38,11 +38,11 @@ def evaluate_rejection(
     """Fits a rejector to validation writers and tests it on three sets of negatives.
 
     Args:
-      read: what the network makes of images in normal form.
-      validation: characters that have not trained the network.
+      read: computes traits and confidences of images in normal form.
+      validation: characters that the network was not trained on.
       test: of other writers.
-      classes: that the network knows.
-      is_right: bool (N,), whether it names each character of the test split.
+      classes: of the network.
+      is_right: bool (N,), whether its prediction for each character of the test split is right.
       num_images: of each set, at most.
       workdir: gets plots/rejection.png.
 
@@ -69,16 +69,15 @@ def evaluate_rejection(
         "images": {"fit": num_fit, "test": len(rows)},
         "sound_rejected": float((rejector.p_values(scores) <= ALPHA).mean()),
     }
-    against, right = {}, is_right[rows]
+    negative_scores = {}
     for name, (spoilt, kinds) in drawn.items():
         spoilt_traits, spoilt_confidence = read(_forms(spoilt, test))
-        others = rejector.scores(spoilt_traits)
-        against[name] = others
+        negative_scores[name] = rejector.scores(spoilt_traits)
         results[name] = {
-            "auroc": auroc(scores, others),
+            "auroc": auroc(scores, negative_scores[name]),
             "auroc_of_probability": auroc(confidence, spoilt_confidence),
-            "rejected": float((rejector.p_values(others) <= ALPHA).mean()),
-            "kinds": {str(k): auroc(scores, others[kinds == k]) for k in np.unique(kinds)},
+            "rejected": float((rejector.p_values(negative_scores[name]) <= ALPHA).mean()),
+            "kinds": _auroc_by_kind(scores, negative_scores[name], kinds),
         }
         if name == "crossed_out":
             results[name]["new_kinds"] = {
@@ -87,12 +86,16 @@ def evaluate_rejection(
                 if kind in kinds
             }
     if distributed.is_primary():
-        plots.write_rejection(workdir, scores, right, against)
+        plots.write_rejection(workdir, scores, is_right[rows], negative_scores)
     return results, rejector
 
 
+def _auroc_by_kind(scores: np.ndarray, negative: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
+    return {str(kind): auroc(scores, negative[kinds == kind]) for kind in np.unique(kinds)}
+
+
 def _fit(read: Read, source: Source, num_images: int) -> tuple[Rejector, dict[str, Rejector], int]:
-    """Returns a rejector, one for each kind of crossing out that has not seen it, and on how many.
+    """Returns a rejector, one fitted without each kind of crossing out, and the number of images.
 
     The characters are crossed out more than once, each time in another manner.
     """

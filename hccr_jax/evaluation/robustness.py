@@ -1,7 +1,6 @@
 """The paper's final test: accuracy on distorted images."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluation import distortions
 from hccr_jax.evaluation.distortions import Source, distorted_images
-from hccr_jax.evaluation.evaluate import Predictions
+from hccr_jax.evaluation.evaluate import Predictions, evaluate
+from hccr_jax.inference.network import Network
 from hccr_jax.report import image_grids, plots
 from hccr_jax.runtime import distributed
 from hccr_jax.runtime.worker_pool import WorkerPool
@@ -20,16 +20,14 @@ ANGLES_DEG = list(range(-60, 61, 10))
 ASPECT_FACTORS = [5 ** (power / 4) for power in range(-4, 5)]
 PAIRS_SHOWN, FAILURES_SHOWN = 8, 6  # of each set
 
-Answer = Callable[[Split], Predictions]
-
 
 def evaluate_robustness(
-    answer: Answer, split: Split, source: Source, num_images: int, workdir: Path
+    network: Network, split: Split, source: Source, num_images: int, workdir: Path
 ) -> dict[str, Any]:
-    """Evaluates a network on the paper's three sets and along two curves, and draws what it saw.
+    """Evaluates a network on the paper's three sets and along two curves, and draws samples.
 
     Args:
-      answer: evaluates the network on a split.
+      network: with its trained parameters.
       split: to distort, in normal form.
       source: of the split's original bitmaps.
       num_images: in each set; 0, or more than there are: all. The first `CURVE_IMAGES` of them, or
@@ -46,12 +44,12 @@ def evaluate_robustness(
     with WorkerPool() as pool:
         for name, draws in distortions.draw_sets(num_records, num_images).items():
             distorted = _distorted(split, source, draws, pool, name)
-            answers = answer(distorted)
-            results[name] = answers.summary()
-            parts.append(answers)
+            predictions = evaluate(network, distorted)
+            results[name] = predictions.summary()
+            parts.append(predictions)
             originals = split.images[draws["row"][:PAIRS_SHOWN]]
             pairs[name] = originals, distorted.images[:PAIRS_SHOWN], distorted.labels[:PAIRS_SHOWN]
-            failures[name] = _failures(distorted.images, answers)
+            failures[name] = _failures(distorted.images, predictions)
         size = min(CURVE_IMAGES, results["rotation"]["count"])
         turned = distortions.draw_angles(num_records, size, ANGLES_DEG)
         stretched = distortions.draw_stretches(num_records, size, ASPECT_FACTORS)
@@ -59,11 +57,11 @@ def evaluate_robustness(
             "images": size,
             "rotation": {
                 "angle_deg": ANGLES_DEG,
-                **_curve(answer, split, source, turned, pool, "angles"),
+                **_curve(network, split, source, turned, pool, "angles"),
             },
             "aspect": {
                 "factor": ASPECT_FACTORS,
-                **_curve(answer, split, source, stretched, pool, "aspects"),
+                **_curve(network, split, source, stretched, pool, "aspects"),
             },
         }
     if distributed.is_primary():
@@ -75,18 +73,19 @@ def evaluate_robustness(
     return {"images": results["rotation"]["count"], **results, "curves": curves}
 
 
-def evaluate_paper_protocol(answer: Answer, split: Split, source: Source) -> dict[str, Any]:
+def evaluate_paper_protocol(network: Network, split: Split, source: Source) -> dict[str, Any]:
     """Evaluates a network as the paper's authors did: on test images flipped and turned at random.
 
     Args:
-      answer, split, source: as for `evaluate_robustness`.
+      network, split, source: as for `evaluate_robustness`.
 
     Returns:
       What `Predictions.summary` holds, of every record once.
     """
     draws = distortions.draw_paper_protocol(len(split.labels))
     with WorkerPool() as pool:
-        return answer(_distorted(split, source, draws, pool, "the paper's protocol")).summary()
+        distorted = _distorted(split, source, draws, pool, "the paper's protocol")
+        return evaluate(network, distorted).summary()
 
 
 def _distorted(
@@ -105,20 +104,21 @@ def _distorted(
 
 
 def _curve(
-    answer: Answer, split: Split, source: Source, draws: np.ndarray, pool: WorkerPool, name: str
+    network: Network, split: Split, source: Source, draws: np.ndarray, pool: WorkerPool, name: str
 ) -> dict[str, list[float]]:
     """Returns top-1 and top-5 of each row of the draws (points, images)."""
-    answers = answer(_distorted(split, source, draws.ravel(), pool, name))
-    hits = (answers.candidates == answers.labels[:, None]).reshape(*draws.shape, -1)
+    predictions = evaluate(network, _distorted(split, source, draws.ravel(), pool, name))
+    hits = predictions.candidates == predictions.labels[:, None]
+    hits = hits.reshape(*draws.shape, -1)
     return {
         "top1": hits[..., 0].mean(axis=1).tolist(),
         "top5": hits.any(axis=2).mean(axis=1).tolist(),
     }
 
 
-def _failures(images: np.ndarray, answers: Predictions) -> image_grids.Failures:
-    """Returns the surest mistakes."""
-    candidates, probabilities, labels = answers.candidates, answers.probabilities, answers.labels
+def _failures(images: np.ndarray, predictions: Predictions) -> image_grids.Failures:
+    """Returns the mistakes of the highest confidence."""
+    _, candidates, probabilities, labels = _arrays(predictions)
     wrong = image_grids.surest_mistakes(labels, candidates[:, 0], probabilities[:, 0])
     worst = wrong[:FAILURES_SHOWN]
     return image_grids.Failures(
@@ -126,5 +126,5 @@ def _failures(images: np.ndarray, answers: Predictions) -> image_grids.Failures:
     )
 
 
-def _arrays(answers: Predictions) -> tuple[np.ndarray, ...]:
-    return answers.losses, answers.candidates, answers.probabilities, answers.labels
+def _arrays(predictions: Predictions) -> tuple[np.ndarray, ...]:
+    return tuple(getattr(predictions, field.name) for field in dataclasses.fields(predictions))

@@ -2,17 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from hccr_jax import config as config_lib
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network, create_network
-from hccr_jax.models.functional import without_mqdf
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints
 
 NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
+MEMBER = "member"  # the item of a checkpoint with the parameters of an ensemble member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,28 +94,49 @@ def load_pretrained(
         config.data.update({key: trained.data[key] for key in kept})
         config.seed = trained.seed
         network = network or create_network(config, len(classes))
-        like = {"params": network.params, "eval_batch_stats": network.batch_stats}
-        items = checkpoints.restore(step, like, sharding.replicated(network.mesh))
-        network = dataclasses.replace(
-            network, params=items["params"], batch_stats=items["eval_batch_stats"]
-        )
+        names = "params", "eval_batch_stats", MEMBER
+        abstract_items = dict(zip(names, network.variables, strict=True))
+        items = restore_items(checkpoints, step, abstract_items, sharding.replicated(network.mesh))
+        params, batch_stats, member = (items[name] for name in names)
+        network = dataclasses.replace(network, params=params, batch_stats=batch_stats)
+        network = network.with_member_params(member)
         scores = checkpoints.metrics(step)
     return Pretrained(network, classes, config, step, scores, folder / str(step))
 
 
+def restore_items(
+    checkpoints: Checkpoints, step: int, abstract_items: dict[str, Any], sharding: Sharding
+) -> dict[str, Any]:
+    """Returns items of a step like `Checkpoints.restore`, also those written by hccr_jax 0.1.
+
+    There the parameters of the ensemble member, now the item `MEMBER`, are stored among the batch
+    statistics, as "mqdf".
+    """
+    member = abstract_items[MEMBER]
+    if member is None or (checkpoints.folder / str(step) / MEMBER).is_dir():
+        return checkpoints.restore(step, abstract_items, sharding)
+    items = abstract_items | {MEMBER: None}
+    items["eval_batch_stats"] = items["eval_batch_stats"] | {"mqdf": member}
+    if "progress" in items:
+        averages = items["progress"]["batch_stats"] | {"mqdf": member}
+        items["progress"] = items["progress"] | {"batch_stats": averages}
+    items = checkpoints.restore(step, items, sharding)
+    items[MEMBER] = items["eval_batch_stats"].pop("mqdf")
+    if "progress" in items:
+        items["progress"]["batch_stats"].pop("mqdf")
+    return items
+
+
 def set_mqdf_weight(pretrained: Pretrained, weight: float) -> Pretrained:
-    """Returns a network with another weight of the classical recogniser that it has beside it.
+    """Returns a network with another weight of its ensemble member MQDF.
 
     Args:
-      pretrained: a network with it.
+      pretrained: a network with MQDF.
       weight: 0 for the network alone.
     """
     config = pretrained.config.copy_and_resolve_references()
     config.model.mqdf_weight = weight
-    statistics = pretrained.network.batch_stats
-    network = dataclasses.replace(
-        create_network(config, len(pretrained.classes)),
-        params=pretrained.network.params,
-        batch_stats=statistics if weight > 0.0 else without_mqdf(statistics),
-    )
+    params, batch_stats, member = pretrained.network.variables
+    network = create_network(config, len(pretrained.classes)).with_member_params(member)
+    network = dataclasses.replace(network, params=params, batch_stats=batch_stats)
     return dataclasses.replace(pretrained, config=config, network=network)

@@ -1,8 +1,8 @@
-"""A trained recogniser in a program of one's own.
+"""A trained network for use in other programs.
 
 Example::
 
-    from hccr_jax.recognizer import Recognizer
+    from hccr_jax import Recognizer
 
     recognizer = Recognizer.load("runs/v2")
     recognizer("character.png")  # [Candidate(character='啊', probability=0.98), …]
@@ -18,6 +18,7 @@ from PIL import Image
 
 from hccr_jax.data.images import files, ink
 from hccr_jax.data.images.normalize import normalize
+from hccr_jax.data.splits import padded_rows
 from hccr_jax.errors import InputError
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.inference.rejector import REJECTOR, Rejector, to_traits
@@ -39,13 +40,13 @@ class Candidate(NamedTuple):
     probability: float
 
 
-class Answer(NamedTuple):
-    """What an image may show, and whether it looks like a character at all.
+class Recognition(NamedTuple):
+    """The candidates for an image, and whether it looks like a character at all.
 
     Attributes:
       candidates: best first.
       p_value: the share of properly written characters that look no more like one; below 0.05, say,
-        it may be crossed out, another sign or a scrawl. None where the run has no rejector.
+        it may be crossed out, another sign or a scrawl. None if the run has no rejector.
     """
 
     candidates: list[Candidate]
@@ -53,16 +54,16 @@ class Answer(NamedTuple):
 
 
 class Recognizer:
-    """A trained network with everything between a picture and the characters that it may show.
+    """A trained network with everything from a picture to its candidates.
 
     Attributes:
-      classes: the characters it knows.
-      temperature: that its logits are divided by.
+      classes: the characters, in the order of the logits.
+      temperature: divisor of the logits.
       is_calibrated: whether the temperature was fitted; otherwise it is 1, and the probabilities
-        may be too sure or too modest.
-      can_reject: whether it tells what is no character.
-      num_tta_views: of an image that the network sees.
-      form: what `canvas.normalize` is called with besides a bitmap.
+        may be over- or underconfident.
+      can_reject: whether it has a rejector, for p-values.
+      num_tta_views: of an image, in test-time augmentation.
+      form: the arguments of `normalize.normalize` after the bitmap.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class Recognizer:
         temperature: float | None = None,
         rejector: Rejector | None = None,
     ) -> None:
-        """Takes a trained network.
+        """Creates the recogniser; `load` is the usual way.
 
         Args:
           pretrained: from `pretrained.load_pretrained`.
-          temperature: fitted to the validation split; None where there is none.
-          rejector: of this network; None where there is none.
+          temperature: fitted to the validation split, or None.
+          rejector: fitted to this network, or None.
         """
         network, data = pretrained.network, pretrained.config.data
         self.classes = pretrained.classes
@@ -86,17 +87,18 @@ class Recognizer:
         self.can_reject = rejector is not None
         self.num_tta_views = network.num_tta_views
         self._rejector = rejector
-        self._step = make_logits_step(network.apply, network.mesh, network.views, self.can_reject)
+        views, member = network.tta_views, network.member
+        self._step = make_logits_step(network.apply, network.mesh, views, member, self.can_reject)
         params = expose_features(network.params) if rejector else network.params
-        self._variables = params, network.batch_stats
+        self._variables = network.variables._replace(params=params)
         self._mesh = network.mesh
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Returns the recogniser of a run's best step, with as many views as the run evaluates.
+        """Returns the recogniser of a run's best step, with the run's test-time augmentation.
 
-        Temperature and rejector are those that the run's last evaluation has left in its folder,
-        where they are of this step and these views.
+        Temperature and rejector are those that the run's final evaluation has written to its
+        folder, if they are of this step and number of views.
 
         Args:
           path: folder of a run, or its folder checkpoints.
@@ -109,7 +111,7 @@ class Recognizer:
         return cls(pretrained, read_temperature(pretrained), rejector)
 
     def __call__(self, picture: Picture, top: int = 5) -> list[Candidate]:
-        """Returns the best candidates for the one character on a picture, best first.
+        """Returns the best candidates for a picture of one character, best first.
 
         Args:
           picture: see `prepare`.
@@ -121,7 +123,7 @@ class Recognizer:
         return self.classify(self.prepare(picture)[None], top)[0]
 
     def recognize(self, images: Iterable[Picture], top: int = 5) -> Iterator[list[Candidate]]:
-        """Yields the candidates of each of many pictures, which are read batch by batch.
+        """Yields the candidates of each of many pictures, read batch by batch.
 
         Args:
           images: see `prepare`.
@@ -137,8 +139,8 @@ class Recognizer:
         """Returns a picture of one character in normal form, uint8 (S, S), ink high.
 
         Args:
-          picture: a PNG or JPEG file, or an image or array as `pictures.to_grey` takes it; dark on
-            light or light on dark, of any size, colour and light.
+          picture: a PNG or JPEG file, or an argument of `files.to_grey`; dark on light or light
+            on dark, of any size, colour and illumination.
 
         Raises:
           InputError: it cannot be read, or shows no ink.
@@ -154,7 +156,7 @@ class Recognizer:
         return self.to_normal_form(ink.to_bitmap(grey, name))
 
     def to_normal_form(self, bitmap: np.ndarray) -> np.ndarray:
-        """Returns a bitmap like CASIA's, uint8 (H, W), 255 paper, in normal form (S, S)."""
+        """Returns the normal form, uint8 (S, S), of a bitmap like CASIA's, (H, W), paper 255."""
         return normalize(bitmap, *self.form)
 
     def classify(self, forms: np.ndarray, top: int = 5) -> list[list[Candidate]]:
@@ -164,48 +166,47 @@ class Recognizer:
           forms: uint8 (N, S, S), ink high, paper 0.
           top: the most candidates of each.
         """
-        return [answer.candidates for answer in self.judge(forms, top)]
+        return [recognition.candidates for recognition in self.judge(forms, top)]
 
-    def judge(self, forms: np.ndarray, top: int = 5) -> list[Answer]:
-        """Returns the answers to images in normal form.
+    def judge(self, forms: np.ndarray, top: int = 5) -> list[Recognition]:
+        """Returns the candidates and the p-value of each image in normal form.
 
         Args:
           forms, top: as for `classify`.
         """
-        answers: list[Answer] = []
+        recognitions: list[Recognition] = []
         for start in range(0, len(forms), self.batch_size):
             batch = forms[start : start + self.batch_size]
             logits, *features = self._outputs(batch)
-            weights = calibration.probabilities(logits, self.temperature)
-            places = np.argsort(-weights, axis=1, kind="stable")[:, :top]
-            best = np.take_along_axis(weights, places, axis=1)
+            probabilities = calibration.probabilities(logits, self.temperature)
+            ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+            best = np.take_along_axis(probabilities, ranked, axis=1)
             p_values: list[Any] = [None] * len(batch)
             if self._rejector:
                 scores = self._rejector.scores(to_traits(logits, *features))
                 p_values = self._rejector.p_values(scores).tolist()
-            answers += [
-                Answer([Candidate(self.classes[i], float(p)) for i, p in zip(*row, strict=True)], p)
-                for *row, p in zip(places, best, p_values, strict=True)
-            ]
-        return answers
+            for *row, p_value in zip(ranked, best, p_values, strict=True):
+                pairs = zip(*row, strict=True)
+                candidates = [Candidate(self.classes[index], float(p)) for index, p in pairs]
+                recognitions.append(Recognition(candidates, p_value))
+        return recognitions
 
     @property
     def batch_size(self) -> int:
-        """Images that go through together."""
+        """The most images of one call of the network."""
         return BATCHES[-1] * self._mesh.size
 
     def warm_up(self) -> None:
-        """Compiles every program, so that no later call waits for one."""
+        """Compiles every program, so that no later call waits for a compilation."""
         for size in BATCHES:
             self._outputs(np.zeros((size * self._mesh.size, *[self.form[0]] * 2), np.uint8))
 
     def _outputs(self, forms: np.ndarray) -> list[np.ndarray]:
-        """Returns what the network makes of a batch, filled up to a size that is compiled."""
+        """Returns the network's outputs for a batch, filled up to the next size of `BATCHES`."""
         size = next(n * self._mesh.size for n in BATCHES if n * self._mesh.size >= len(forms))
-        filled = np.zeros((size, *forms.shape[1:]), np.uint8)
-        filled[: len(forms)] = forms
-        images = sharding.shard_batch(filled, self._mesh)
-        return [np.asarray(part)[: len(forms)] for part in self._step(*self._variables, images)]
+        (rows,) = padded_rows(len(forms), size)
+        images = sharding.shard_batch(forms[rows], self._mesh)
+        return [np.asarray(part)[: len(forms)] for part in self._step(self._variables, images)]
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -225,18 +226,18 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def read_temperature(pretrained: Pretrained) -> float | None:
-    """Returns the temperature in a run's eval.json, or None where it is not of these weights."""
+    """Returns the temperature in a run's eval.json, or None if it is not of these weights."""
     found = _read(pretrained, "eval.json", lambda value: float(value["temperature"]))
     return found if found is not None and found > 0 else None
 
 
 def _read(pretrained: Pretrained, name: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
-    """Returns what a file in a run's folder says, or None where it is not of these weights.
+    """Returns a value from a file in a run's folder, or None if it is not of these weights.
 
     Args:
-      pretrained: the weights, and the views of an image that the file goes with.
+      pretrained: the weights, and the number of views, that the file must be of.
       name: of the file.
-      parse: takes it out of the JSON object.
+      parse: extracts the value from the JSON object.
     """
     path = pretrained.source.parent.parent / name
     if not path.is_file():

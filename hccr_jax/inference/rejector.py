@@ -1,7 +1,7 @@
-"""Tells what is no properly written character of the class list, by what the network makes of it.
+"""Rejection of what is no properly written character of the class list.
 
 A linear score on the network's features separates written characters from the same ones crossed
-out; how a score compares with those of sound characters is a p-value.
+out; the rank of a score among those of properly written ("sound") characters is a p-value.
 
 Sources: ridge regression onto ±1 is Fisher's discriminant, Hastie, Tibshirani and Friedman, "The
 elements of statistical learning", 2009, exercise 4.2; left-one-out values in closed form, ibid.
@@ -13,20 +13,21 @@ import dataclasses
 from typing import Any, Self
 
 import numpy as np
+from scipy.special import logsumexp
 
 REJECTOR = "rejector.json"  # in the folder of a run
 RIDGE = 0.03  # on weights of features of unit variance, the classes weighing ½ each
-LEVELS = 1000  # the scores of sound characters are kept as so many quantiles
+LEVELS = 1000  # quantiles that represent the scores of sound characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejector:
-    """A linear score and how it is distributed over sound characters.
+    """A linear score and its distribution over sound characters.
 
     Attributes:
-      weights: float64 (D,), of `traits`.
-      offset: added.
-      sound: float64 (L,), quantiles of the scores of sound characters that the fit has not seen,
+      weights: float64 (D,), of the traits (`to_traits`).
+      offset: added to the weighted sum.
+      sound: float64 (L,), quantiles of the scores of sound characters, each left out of the fit,
         ascending.
     """
 
@@ -36,11 +37,11 @@ class Rejector:
 
     @classmethod
     def fit(cls, sound: np.ndarray, crossed_out: np.ndarray) -> Self:
-        """Returns the rejector that keeps two sets apart.
+        """Returns the rejector that separates two sets.
 
         Args:
-          sound: float (N, D), `traits` of written characters, none of which trained the network.
-          crossed_out: float (M, D), of the same ones, spoilt.
+          sound: float (N, D), traits of written characters, none of which trained the network.
+          crossed_out: float (M, D), traits of what is to be rejected.
         """
         traits = np.concatenate([sound, crossed_out]).astype(np.float64)
         target = np.repeat([1.0, -1.0], [len(sound), len(crossed_out)])
@@ -66,12 +67,12 @@ class Rejector:
     def p_values(self, scores: np.ndarray) -> np.ndarray:
         """Returns the share of sound characters that score no higher, float64 (N,) in (0, 1].
 
-        Of sound characters a share of α has a p-value of at most α.
+        A share of α of the sound characters has a p-value of at most α.
         """
         return (1 + np.searchsorted(self.sound, scores, "right")) / (len(self.sound) + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `from_json` takes."""
+        """Returns a JSON object for `from_json`."""
         return {
             "weights": self.weights.tolist(), "offset": self.offset, "sound": self.sound.tolist()
         }  # fmt: skip
@@ -81,25 +82,24 @@ class Rejector:
         """Returns the rejector of a JSON object.
 
         Raises:
-          KeyError, TypeError, ValueError: it is no such object.
+          KeyError, TypeError, ValueError: it is not of `to_json`.
         """
         weights, sound = (np.array(value[key], np.float64) for key in ("weights", "sound"))
         if weights.ndim != 1 or sound.ndim != 1 or not len(sound):
-            raise ValueError("weights and sound are to be lists of numbers")
+            raise ValueError("weights and sound must be lists of numbers")
         return cls(weights, float(value["offset"]), sound)
 
 
 def to_traits(logits: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Returns what the score goes by: the features, how much evidence there is, and the best logit.
+    """Returns the inputs of the score: the features, the log-sum-exp of the logits, and the best.
 
     Args:
       logits: float (N, K).
-      features: float (N, F), what the last layer sees.
+      features: float (N, F), inputs of the last layer.
 
     Returns:
-      float64 (N, F + 2); the evidence is the logarithm of the sum of the logits' exponentials.
+      float64 (N, F + 2).
     """
     logits = np.asarray(logits, np.float64)
-    best = logits.max(axis=1, keepdims=True)
-    evidence = best + np.log(np.exp(logits - best).sum(axis=1, keepdims=True))
-    return np.concatenate([features, evidence, best], axis=1)
+    evidence, best = logsumexp(logits, axis=1), logits.max(axis=1)
+    return np.concatenate([features, evidence[:, None], best[:, None]], axis=1)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hccr_jax.data.splits import Split, gather, rows_spread
+from hccr_jax.data.splits import Split, gather, padded_rows, rows_spread
 from hccr_jax.inference.steps import to_float
 from hccr_jax.models.mqdf import discriminate, extract_features
 from hccr_jax.ops import cross_entropy
@@ -77,9 +77,8 @@ def _read_images(images: np.ndarray) -> np.ndarray:
     """Returns the features, float32 (N, 512), of images uint8 (N, S, S)."""
     compute = jax.jit(lambda images: extract_features(to_float(images)))
     count, parts = len(images), []
-    starts, silent = range(0, count, IMAGES_AT_ONCE), not distributed.is_primary()
-    for start in tqdm(starts, "features for MQDF", leave=False, unit="batch", disable=silent):
-        rows = np.minimum(np.arange(start, start + IMAGES_AT_ONCE), count - 1)
+    batches, silent = list(padded_rows(count, IMAGES_AT_ONCE)), not distributed.is_primary()
+    for rows in tqdm(batches, "features for MQDF", leave=False, unit="batch", disable=silent):
         parts.append(jax.device_get(compute(images[rows])))
     return np.concatenate(parts)[:count]
 

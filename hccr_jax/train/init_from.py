@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
-from hccr_jax.models.functional import without_mqdf
 
 
 def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained) -> Network:
@@ -46,9 +45,8 @@ def start_from(network: Network, classes: Sequence[str], pretrained: Pretrained)
         return trained
 
     params = take(network.params, old.params, False)
-    # The classical recogniser beside a network is fitted anew.
-    own = take(without_mqdf(network.batch_stats), without_mqdf(old.batch_stats), False)
-    return dataclasses.replace(network, params=params, batch_stats=network.batch_stats | own)
+    batch_stats = take(network.batch_stats, old.batch_stats, False)
+    return dataclasses.replace(network, params=params, batch_stats=batch_stats)
 
 
 def describe_start(classes: Sequence[str], pretrained: Pretrained, config: ConfigDict) -> str:

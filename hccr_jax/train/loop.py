@@ -136,7 +136,7 @@ def train(
     run that is stopped resumes after the very step that it saved.
     """
     config, steps = setup.config, setup.steps
-    state = restore_state(setup, checkpoints)
+    setup, state = restore_state(setup, checkpoints)
     first_step = step = int(state.step)
     # A run that was stopped during its evaluation has saved the step without the scores.
     lacks_scores = step > 0 and steps.evaluates(step) and not checkpoints.metrics(step)
@@ -204,7 +204,7 @@ def evaluate_and_save(
         except signals.Stopped:
             goes_on, batch_stats = False, state.batch_stats
     failpoint("before a save")
-    items = checkpoint_items(state, batch_stats)
+    items = checkpoint_items(setup, state, batch_stats)
     checkpoints.save(step, items, checkpoint_metadata(setup), scores)
     if distributed.is_primary() and _is_old(workdir / "plots" / "loss.png"):
         plots.write_curves(workdir)
@@ -298,12 +298,8 @@ def _validate(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Returns the scores on the validation split."""
-    network = setup.network
-    predictions = evaluate(
-        network.eval_step, state.eval_params, batch_stats, setup.validation,
-        network.eval_batch_size, network.mesh, should_stop,
-    )  # fmt: skip
-    scores = predictions.summary()
+    network = dataclasses.replace(setup.network, params=state.eval_params, batch_stats=batch_stats)
+    scores = evaluate(network, setup.validation, should_stop).summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 
 

@@ -1,7 +1,9 @@
 """What a checkpoint of a training run holds, and how the run goes on from it."""
 
+import dataclasses
 from typing import Any
 
+from hccr_jax.inference.pretrained import MEMBER, restore_items
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
 from hccr_jax.train.setup import TrainingSetup
@@ -13,10 +15,13 @@ def checkpoint_metadata(setup: TrainingSetup) -> dict[str, Any]:
     return {"classes": list(setup.train.classes), "config": setup.config.to_dict()}
 
 
-def checkpoint_items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]:
+def checkpoint_items(
+    setup: TrainingSetup, state: TrainState, eval_batch_stats: Any
+) -> dict[str, Any]:
     """Returns the pytrees that a checkpoint holds, by name.
 
     Args:
+      setup: of the run; its network has the fitted ensemble member, if any.
       state: the run's.
       eval_batch_stats: batch-norm statistics that its parameters are evaluated with.
     """
@@ -24,17 +29,26 @@ def checkpoint_items(state: TrainState, eval_batch_stats: Any) -> dict[str, Any]
     if state.average_params is not None:
         progress["params"] = state.params
     items = {"params": state.eval_params, "eval_batch_stats": eval_batch_stats}
-    return items | {"progress": progress}
+    return items | {"progress": progress, MEMBER: setup.network.variables.member}
 
 
-def restore_state(setup: TrainingSetup, checkpoints: Checkpoints) -> TrainState:
-    """Returns the state of the newest checkpoint, or the initial one."""
+def restore_state(
+    setup: TrainingSetup, checkpoints: Checkpoints
+) -> tuple[TrainingSetup, TrainState]:
+    """Returns the setup and state of the newest checkpoint, or the initial ones.
+
+    The setup's network gets the ensemble member that the run was started with.
+    """
     step = checkpoints.latest_step()
     if step is None:
-        return setup.initial
+        return setup, setup.initial
     check_classes(checkpoints.metadata(step)["classes"], setup.train.classes, checkpoints.folder)
-    abstract_items = checkpoint_items(setup.initial, setup.initial.batch_stats)
-    items = checkpoints.restore(step, abstract_items, sharding.replicated(setup.network.mesh))
+    abstract_items = checkpoint_items(setup, setup.initial, setup.initial.batch_stats)
+    placement = sharding.replicated(setup.network.mesh)
+    items = restore_items(checkpoints, step, abstract_items, placement)
     print(f"resuming at step {step}")
     name = "params" if setup.initial.average_params is None else "average_params"
-    return TrainState(seed=setup.initial.seed, **{name: items["params"]}, **items["progress"])
+    seed, params = setup.initial.seed, {name: items["params"]}
+    network = setup.network.with_member_params(items[MEMBER])
+    state = TrainState(seed=seed, **params, **items["progress"])
+    return dataclasses.replace(setup, network=network), state

@@ -52,8 +52,8 @@ class TrainingSetup:
       schedule: learning rate by step.
       train_chunk: from `step.make_train_chunk`.
       batches: the batches of its chunks.
-      teacher_variables: further arguments of `train_chunk`: none, or a teacher's (params,
-        batch_stats).
+      teacher_variables: further arguments of `train_chunk`: none, or a teacher's
+        `Network.variables`.
       statistics_step: from `statistics_step.make_statistics_step`.
       initial: the state before the first step.
     """
@@ -114,7 +114,7 @@ def create_training_setup(
         schedule=schedule,
         train_chunk=make_train_chunk(train_step, batches.get_batch, batches.max_steps),
         batches=batches,
-        teacher_variables=((teacher.params, teacher.batch_stats),) if teacher else (),
+        teacher_variables=(teacher.variables,) if teacher else (),
         statistics_step=make_statistics_step(
             network.apply, augment, network.mesh, strict_shards=options.strict_shards
         ),
@@ -138,7 +138,7 @@ def _step_options(config: ConfigDict, teacher: Network | None, train: Split) -> 
         reduce_dtype=jnp.dtype(config.reduce_dtype),
         strict_shards=config_lib.strict_shards(config),
         average_decay=config.optimizer.average_decay,
-        teacher=teacher.apply if teacher else None,
+        teacher=teacher.apply_ensemble if teacher else None,
         has_teacher_logits=train.teacher_logits is not None,
         is_uniform=is_uniform,
     )
@@ -166,26 +166,26 @@ def _start(network: Network, config: ConfigDict, train: Split) -> Network:
         pretrained = load_pretrained(config.init_from, config)
         network = start_from(network, train.classes, pretrained)
         print(describe_start(train.classes, pretrained, config))
-    if config.model.mqdf_weight > 0.0:
-        network = _fit_second(network, train)
-    return network
+    return _fit_member(network, train)
 
 
-def _fit_second(network: Network, train: Split) -> Network:
-    """Returns a network whose classical recogniser beside it is fitted."""
-    fitted = fit_mqdf_member(network.batch_stats["mqdf"], train, network.mesh)
-    return dataclasses.replace(network, batch_stats=network.batch_stats | {"mqdf": fitted})
+def _fit_member(network: Network, train: Split) -> Network:
+    """Returns a network whose ensemble member, if it has one, is fitted."""
+    if network.member is None:
+        return network
+    fitted = fit_mqdf_member(network.member.params, train, network.mesh)
+    return network.with_member_params(fitted)
 
 
 def attach_mqdf(pretrained: Pretrained, weight: float) -> Pretrained:
-    """Returns a trained network with the classical recogniser beside it, as if trained with it.
+    """Returns a trained network ensembled with MQDF, as if trained with it.
 
     Args:
-      pretrained: a network alone; its config tells where the data lie.
-      weight: of the recogniser.
+      pretrained: a network alone; MQDF is fitted to the data of its config.
+      weight: of MQDF.
 
     Raises:
-      InputError: it is the classical recogniser itself, or the data are missing.
+      InputError: the network is MQDF itself, or the data are missing.
     """
     config = pretrained.config.copy_and_resolve_references()
     config.model.mqdf_weight = weight
@@ -193,8 +193,8 @@ def attach_mqdf(pretrained: Pretrained, weight: float) -> Pretrained:
     check_classes(pretrained.classes, train.classes, pretrained.source)
     network = create_network(config, len(train.classes))
     network = start_from(network, pretrained.classes, pretrained)
-    print(f"{pretrained.source}: MQDF is set beside the network, with weight {weight:g}")
-    return dataclasses.replace(pretrained, config=config, network=_fit_second(network, train))
+    print(f"{pretrained.source}: ensembled with MQDF of weight {weight:g}")
+    return dataclasses.replace(pretrained, config=config, network=_fit_member(network, train))
 
 
 def _create_optimizer(
@@ -255,9 +255,9 @@ def _load_teacher(config: ConfigDict, train: Split) -> tuple[Network, ConfigDict
 
 def compute_teacher_logits(teacher: Network, images: np.ndarray) -> np.ndarray:
     """Returns a teacher's logits for images as they are, float16 (N, K)."""
-    step = make_logits_step(teacher.apply, teacher.mesh)
+    step = make_logits_step(teacher.apply, teacher.mesh, member=teacher.member)
     size = teacher.eval_batch_size
-    outputs = read_outputs(step, teacher.params, teacher.batch_stats, images, size, teacher.mesh)
+    outputs = read_outputs(step, teacher.variables, images, size, teacher.mesh)
     batches = tqdm(
         outputs, "teacher logits", math.ceil(len(images) / size), leave=False, unit="batch",
         disable=not distributed.is_primary(),

@@ -1,6 +1,7 @@
 """Any picture of a character means the same, pages are read in order, and 90 % means 90 %."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -159,9 +160,7 @@ def test_a_gnt_file_is_answered_as_in_an_evaluation(
     network, data = pretrained.network, pretrained.config.data
     (name,) = (path.name for path in Path(data.data_dir).glob("synthetic_8c*"))
     split = load_split(name, data.data_dir, "test", *(data[key] for key in NORMAL_FORM))
-    answers = evaluate(
-        network.eval_step, network.params, network.batch_stats, split, 20, network.mesh
-    )
+    answers = evaluate(dataclasses.replace(network, eval_batch_size=20), split)
 
     for writer in sorted(set(split.writers)):
         file = tmp_path / f"{writer}.gnt"

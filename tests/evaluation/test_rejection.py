@@ -20,7 +20,7 @@ from hccr_jax.evaluation.rejection import evaluate_rejection
 from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.rejector import RIDGE, Rejector, to_traits
-from hccr_jax.inference.steps import make_logits_step
+from hccr_jax.inference.steps import Variables, make_logits_step
 from hccr_jax.inference.tta import create_tta_views
 from hccr_jax.models.functional import expose_features, split_model
 from hccr_jax.models.registry import create_model
@@ -90,9 +90,9 @@ def test_features_are_what_the_last_layer_sees(name: str, num_tta_views: int) ->
     views = create_tta_views(num_tta_views, False, 0.25) if num_tta_views else None
     images = np.random.default_rng(6).integers(0, 256, (mesh.size, 32, 32)).astype(np.uint8)
     plain = make_logits_step(apply, mesh, views)
-    (expected,) = plain(params, batch_stats, images)
+    (expected,) = plain(Variables(params, batch_stats), images)
     both = make_logits_step(apply, mesh, views, with_features=True)
-    logits, features = both(expose_features(params), batch_stats, images)
+    logits, features = both(Variables(expose_features(params), batch_stats), images)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     if views is None:
         layer = jax.device_get(params["classifier"])

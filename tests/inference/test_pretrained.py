@@ -217,7 +217,7 @@ def test_a_run_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
         Timeline(),
     )
     teacher = load_pretrained(source, job.config).network
-    ((params, batch_stats),) = job.teacher_variables
+    ((params, batch_stats, _),) = job.teacher_variables
     jax.tree.map(np.testing.assert_array_equal, params, teacher.params)
     jax.tree.map(np.testing.assert_array_equal, batch_stats, teacher.batch_stats)
 

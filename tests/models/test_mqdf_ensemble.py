@@ -1,10 +1,10 @@
-"""A network beside which the classical recogniser is asked: what it answers, and all it goes
-through: training, checkpoints, start from other weights, export."""
+"""A network ensembled with MQDF: its scores, training, checkpoints, initialisation and export."""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from hccr_jax.export import exporter
 from hccr_jax.inference.network import create_network
 from hccr_jax.inference.pretrained import Pretrained, load_pretrained, set_mqdf_weight
 from hccr_jax.inference.recognizer import Recognizer
-from hccr_jax.inference.steps import to_float
+from hccr_jax.inference.steps import make_logits_step, to_float
 from hccr_jax.models import mqdf
 from hccr_jax.models.functional import expose_features, split_model
 from hccr_jax.models.registry import create_model
@@ -43,7 +43,7 @@ def finished(train: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def both(train: Callable[..., Path]) -> Path:
-    """Returns the workdir of that run with the classical recogniser beside the network."""
+    """Returns the workdir of that run, ensembled with MQDF."""
     return train(8, AT_THE_END, f"--config.model.mqdf_weight={WEIGHT}")
 
 
@@ -52,17 +52,23 @@ def pretrained(both: Path) -> Pretrained:
     return load_pretrained(both)
 
 
-def answers(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
+def compute_logits(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
     network = pretrained.network
-    seen = to_float(jnp.asarray(images))[..., None]
-    return np.asarray(jax.jit(network.apply)(network.params, network.batch_stats, seen)[0])
+    inputs = to_float(jnp.asarray(images))[..., None]
+    return np.asarray(jax.jit(network.apply_ensemble)(*network.variables, inputs)[0])
+
+
+def member_params(pretrained: Pretrained) -> Any:
+    member = pretrained.network.member
+    assert member is not None
+    return member.params
 
 
 def test_training_is_that_of_the_network_alone_to_the_bit(both: Path, finished: Path) -> None:
     one, other = map(load_pretrained, (both, finished))
-    jax.tree.map(np.testing.assert_array_equal, one.network.params, other.network.params)
-    own = {k: v for k, v in one.network.batch_stats.items() if k != "mqdf"}
-    jax.tree.map(np.testing.assert_array_equal, own, other.network.batch_stats)
+    for name in ("params", "batch_stats"):
+        trees = getattr(one.network, name), getattr(other.network, name)
+        jax.tree.map(np.testing.assert_array_equal, *trees)
     rows = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (both, finished)
@@ -77,42 +83,40 @@ def test_training_is_that_of_the_network_alone_to_the_bit(both: Path, finished: 
 
 def test_log_probabilities_are_added(pretrained: Pretrained, finished: Path) -> None:
     images = load(pretrained.config, "test").images[:9]
-    alone = answers(load_pretrained(finished), images).astype(np.float64)
-    np.testing.assert_allclose(answers(set_mqdf_weight(pretrained, 0.0), images), alone, atol=1e-5)
+    alone = compute_logits(load_pretrained(finished), images).astype(np.float64)
+    without = set_mqdf_weight(pretrained, 0.0)
+    np.testing.assert_allclose(compute_logits(without, images), alone, atol=1e-5)
 
     apply, _, _ = split_model(create_model("mqdf", num_classes=8, rngs=None))
-    fitted = pretrained.network.batch_stats["mqdf"]
-    second, _ = apply(fitted, {}, to_float(jnp.asarray(images))[..., None])
-    second = np.asarray(second, np.float64)
-    expected = log_softmax(alone, axis=1) + WEIGHT * log_softmax(second, axis=1)
-    np.testing.assert_allclose(answers(pretrained, images), expected, atol=1e-4)
+    classical, _ = apply(member_params(pretrained), {}, to_float(jnp.asarray(images))[..., None])
+    classical = np.asarray(classical, np.float64)
+    expected = log_softmax(alone, axis=1) + WEIGHT * log_softmax(classical, axis=1)
+    np.testing.assert_allclose(compute_logits(pretrained, images), expected, atol=1e-4)
 
 
 def test_features_come_after_the_logits(pretrained: Pretrained) -> None:
-    network = pretrained.network
-    seen = to_float(jnp.asarray(load(pretrained.config, "test").images[:5]))[..., None]
-    logits, _ = network.apply(network.params, network.batch_stats, seen)
-    exposed, _ = network.apply(expose_features(network.params), network.batch_stats, seen)
-    np.testing.assert_allclose(exposed[:, :8], logits, atol=1e-5)
-    weight, bias = (network.params["classifier"][name] for name in ("weight", "bias"))
-    own, _ = set_mqdf_weight(pretrained, 0.0).network.apply(
-        network.params, {k: v for k, v in network.batch_stats.items() if k != "mqdf"}, seen
-    )
-    np.testing.assert_allclose(exposed[:, 8:] @ weight + bias[None], own, atol=1e-4)
+    network, images = pretrained.network, load(pretrained.config, "test").images[:8]
+    exposed = network.variables._replace(params=expose_features(network.params))
+    step = make_logits_step(network.apply, network.mesh, None, network.member, True)
+    logits, features = map(np.asarray, step(exposed, images))
+    np.testing.assert_allclose(logits, compute_logits(pretrained, images), atol=1e-5)
+    weight, bias = (np.asarray(network.params["classifier"][name]) for name in ("weight", "bias"))
+    alone = compute_logits(set_mqdf_weight(pretrained, 0.0), images)
+    np.testing.assert_allclose(features @ weight + bias[None], alone, atol=1e-4)
 
 
-def test_what_is_fitted_and_on_whom_its_scale(pretrained: Pretrained) -> None:
+def test_the_fit_and_the_writers_of_its_scale(pretrained: Pretrained) -> None:
     split = load(pretrained.config, "train")
     images = to_float(jnp.asarray(np.asarray(split.images)))
     features = np.asarray(mqdf.extract_features(images))
-    fitted = pretrained.network.batch_stats["mqdf"]
+    fitted = member_params(pretrained)
     lda = fit_mqdf.fit_lda(features, *fit_mqdf.class_rows(split.labels, 8), 7)
     for one, other in zip(
         *(abs(np.asarray(f["weight"])) for f in (fitted["lda"], lda)), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-2)  # the signs are anyone's
 
-    # Labels of the writers on whom the scale is fitted are made wrong: it trusts nothing any more.
+    # With wrong labels of the writers that the scale is fitted to, it is the smallest possible.
     writers = np.unique(split.writers)
     held = np.isin(split.writers, writers[::10])
     assert 0 < held.sum() < len(held) / 4
@@ -122,7 +126,7 @@ def test_what_is_fitted_and_on_whom_its_scale(pretrained: Pretrained) -> None:
     assert float(misled["discriminant"]["scale"]) == pytest.approx(2**-8)
 
 
-def test_it_is_counted(both: Path, finished: Path) -> None:
+def test_its_parameters_and_multiply_adds_are_counted(both: Path, finished: Path) -> None:
     one, other = (json.loads((run / "eval.json").read_text()) for run in (both, finished))
     gaussians = 8 * (7 + 7 * 7 + 7)
     assert one["parameters"] - other["parameters"] == 512 * 7 + 7 + gaussians + 2
@@ -130,7 +134,7 @@ def test_it_is_counted(both: Path, finished: Path) -> None:
     assert one["multiply_adds"] - other["multiply_adds"] == features + 512 * 7 + gaussians
 
 
-def test_it_reads_where_hardly_anything_is_learnt(both: Path, finished: Path) -> None:
+def test_it_raises_the_accuracy_of_a_hardly_trained_network(both: Path, finished: Path) -> None:
     one, other = (json.loads((run / "eval.json").read_text()) for run in (both, finished))
     assert one["top1"] > other["top1"] + 0.2
     assert Recognizer.load(both).classes == Recognizer.load(finished).classes
@@ -147,7 +151,7 @@ def test_a_finished_run_is_evaluated_with_it_as_if_trained_with_it(
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
-def test_a_weight_that_an_evaluation_names_is_taken(
+def test_an_evaluation_takes_the_weight_of_its_config(
     both: Path, finished: Path, tiny_job: list[str], tmp_path: Path
 ) -> None:
     losses = [json.loads((both / "eval.json").read_text())["loss"]]
@@ -161,17 +165,17 @@ def test_a_weight_that_an_evaluation_names_is_taken(
     assert abs(named - trained_with) > 0.01
 
 
-def test_a_run_goes_on_with_what_it_has_fitted(
+def test_a_resumed_run_keeps_the_fitted_member(
     train: Callable[..., Path], both: Path, tmp_path: Path
 ) -> None:
     flags = AT_THE_END, f"--config.model.mqdf_weight={WEIGHT}"
     train(4, *flags, workdir=tmp_path)
     train(8, *flags, workdir=tmp_path)
-    one, other = (load_pretrained(path).network.batch_stats["mqdf"] for path in (tmp_path, both))
+    one, other = (member_params(load_pretrained(path)) for path in (tmp_path, both))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_network_starts_from_one_with_and_from_one_without(
+def test_a_network_starts_from_one_with_and_one_without_a_member(
     pretrained: Pretrained, finished: Path
 ) -> None:
     alone = load_pretrained(finished)
@@ -180,9 +184,7 @@ def test_a_network_starts_from_one_with_and_from_one_without(
         got = start_from(fresh, target.classes, start)
         jax.tree.map(np.testing.assert_array_equal, got.params, start.network.params)
         assert got.batch_stats.keys() == fresh.batch_stats.keys()
-        if "mqdf" in fresh.batch_stats:
-            own = got.batch_stats["mqdf"], fresh.batch_stats["mqdf"]
-            jax.tree.map(np.testing.assert_array_equal, *own)
+        assert got.member is fresh.member
 
 
 def test_a_file_holds_the_network_alone(
@@ -199,7 +201,7 @@ def test_a_file_holds_the_network_alone(
     assert one.description["multiply_adds"] == other.description["multiply_adds"]
 
 
-def test_the_classical_recogniser_has_none_beside_it(tiny_job: list[str]) -> None:
+def test_mqdf_itself_has_no_member(tiny_job: list[str]) -> None:
     config = main.parse(["main", *tiny_job]).config
     config.model.name, config.model.width, config.model.dropout_rate = "mqdf", 1.0, 0.0
     config.model.mqdf_weight = 0.5
