@@ -89,9 +89,12 @@ def evaluate_stages(
         if len(batches) > BATCHES_AHEAD:  # not sooner: gathering goes on while devices compute
             jax.block_until_ready(batches[-1 - BATCHES_AHEAD])
     watchdog.beat("after evaluating", watchdog.SLOW)
-    arrays = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *jax.device_get(batches))
+    stages = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *jax.device_get(batches))
     names = stage_names(network.tta_views, network.member)
-    return {name: Predictions(*stage, labels) for name, stage in zip(names, arrays, strict=True)}
+    return {
+        name: Predictions(losses, candidates, probabilities, labels)
+        for name, (losses, candidates, probabilities) in zip(names, stages, strict=True)
+    }
 
 
 def read_outputs(
