@@ -99,7 +99,7 @@ def test_features_come_after_the_logits(pretrained: Pretrained) -> None:
     exposed = network.variables._replace(params=expose_features(network.params))
     step = make_logits_step(network.apply, network.mesh, None, network.member, True)
     logits, features = map(np.asarray, step(exposed, images))
-    np.testing.assert_allclose(logits, compute_logits(pretrained, images), atol=1e-5)
+    np.testing.assert_allclose(logits, compute_logits(pretrained, images), rtol=1e-5, atol=1e-5)
     weight, bias = (np.asarray(network.params["classifier"][name]) for name in ("weight", "bias"))
     alone = compute_logits(set_mqdf_weight(pretrained, 0.0), images)
     np.testing.assert_allclose(features @ weight + bias[None], alone, atol=1e-4)
