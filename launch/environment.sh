@@ -32,8 +32,9 @@ find_python() { # prints the first Python that is new enough and can make an env
 fingerprint() { # changes with whatever makes an install stale, the folder's place included
   "$python" - "$root" <<'PYTHON'
 import hashlib, pathlib, sys
-project = pathlib.Path(sys.argv[1], "pyproject.toml").read_text(encoding="utf-8")
-print(hashlib.sha256("\0".join([project, sys.version, sys.argv[1]]).encode()).hexdigest())
+root = pathlib.Path(sys.argv[1])
+files = [(root / name).read_text("utf-8") for name in ("pyproject.toml", "constraints.txt")]
+print(hashlib.sha256("\0".join([*files, sys.version, sys.argv[1]]).encode()).hexdigest())
 PYTHON
 }
 
@@ -51,7 +52,8 @@ prepare_environment() { # EXTRA: one of pyproject.toml, or "" for none
   done
   echo "installing the package${extra:+ with its $extra tools} into .venv (1–2 minutes, once)" >&2
   rm -f -- "$venv"/installed-*
-  "$python" -m pip install -qq --disable-pip-version-check --editable "$root${extra:+[$extra]}" ||
+  "$python" -m pip install -qq --disable-pip-version-check --constraint "$root/constraints.txt" \
+    --editable "$root${extra:+[$extra]}" ||
     fail 1 "installing failed; pip's reason stands above. Put it right and run this again"
   # Written last, so that an install broken off halfway is done again.
   printf '%s\n' "$wanted" >"$venv/installed-${extra:-base}"

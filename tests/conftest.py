@@ -16,13 +16,21 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LONGER = ("compiles", "slow", "faults", "figures")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
-    # ml_collections loads a config file in a way that Python 3.12 drops.
-    config.addinivalue_line("filterwarnings", "ignore:the load_module:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `unit` what takes no whole run, no real data and not the marks of longer tests."""
+    for item in items:
+        fixtures = {"tiny_job", "casia_dir"} & set(getattr(item, "fixturenames", ()))
+        if not fixtures and not any(map(item.get_closest_marker, LONGER)):
+            item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")

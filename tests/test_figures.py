@@ -38,7 +38,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OWN = "业东世丛仇乘买亮乾亭丽享事书交仁京产习举"
 pytestmark = [
     pytest.mark.figures,
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 
 

@@ -12,8 +12,6 @@ from hccr_jax.inference.pretrained import load_pretrained
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.report import analysis
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def test_confused_pairs_hold_every_mistake_once() -> None:
     rng = np.random.default_rng(1)

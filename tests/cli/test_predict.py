@@ -30,7 +30,6 @@ from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.metrics import calibration
 
 CHARACTERS = "一丁七万丈三上下"
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from hccr_jax.models.functional import expose_features, split_model
 from hccr_jax.models.registry import create_model
 from hccr_jax.runtime import sharding
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def two_clouds(num: int, other: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     mix = rng.normal(size=(5, 5))

@@ -28,7 +28,6 @@ from hccr_jax.inference.pretrained import Pretrained, load_pretrained
 from hccr_jax.models.registry import create_model
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 SIDE, CLASSES = 32, 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, SIDE, SIDE), np.uint8)

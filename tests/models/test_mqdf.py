@@ -289,7 +289,6 @@ def test_few_classes_and_several_channels() -> None:
 
 
 # ml_collections loads a config file in a way that Python 3.12 drops.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_fit_from_the_command_line_and_evaluate_again(tiny_job: list[str], tmp_path: Path) -> None:
     flags = [
         *(flag for flag in tiny_job if "augment." not in flag and "num_steps" not in flag),
