@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several training processes on this machine: one for each GPU, or some on the CPU for a trial.
+# Several training processes on this machine: one for each GPU, or several on the CPU to try it.
 set -euo pipefail
 
 usage() {
@@ -31,7 +31,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"; fi
 count="${count:-$gpus}"
-[[ "$count" =~ ^[1-9][0-9]*$ ]] || fail 2 "no GPU was found: -n PROCESSES tells how many to start"
+[[ "$count" =~ ^[1-9][0-9]*$ ]] || fail 2 "no GPU was found: give their number with -n PROCESSES"
 ((gpus == 0 || count <= gpus)) || fail 2 "-n $count: there are $gpus GPUs"
 
 prepare_environment ""

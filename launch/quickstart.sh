@@ -9,9 +9,9 @@ usage: launch/quickstart.sh [WORKDIR] [FLAG...]
 Trains a recogniser on the embedded data set and writes WORKDIR/report.html.
 Makes .venv and installs the package on the first run; needs bash and Python 3.11 or newer.
 
-  WORKDIR   where the run is kept (default: runs/quickstart in the repository);
-            a run that was stopped goes on from its last checkpoint
-  FLAG      passed on to hccr_jax.main, such as --config.seed=1
+  WORKDIR   folder of the run (default: runs/quickstart in the repository);
+            a run that was stopped resumes from its last checkpoint
+  FLAG      passed on to hccr train, such as --config.seed=1
 TEXT
 }
 

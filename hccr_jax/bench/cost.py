@@ -101,6 +101,7 @@ def create_tables(costs: Sequence[tuple[str, Cost]]) -> list[list[list[str]]]:
 
 
 def to_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in plain text, its first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -13,11 +13,11 @@ For an output of H×W pixels, N channels in, M channels out and a filter of K×K
   depthwise separable   H W N (K² + M)     N (K² + M)
   ratio                 1/M + 1/K²         1/M + 1/K²
 
-Each row is a depthwise convolution of the network with the pointwise one behind it, "predicted" by
-these formulas and "counted" layer by layer as the network runs; the standard convolution is one
-that takes and gives maps of the same sizes. Then the whole network as it is, and with a standard
-convolution in the place of each pair and of the batch norm inside it. A network without such pairs
-is listed layer by layer.
+Each row is a depthwise convolution of the network and the pointwise one that follows, "predicted"
+by these formulas and "counted" layer by layer as the network runs; the standard convolution is one
+with input and output of the same sizes. Then the whole network as it is, and with a standard
+convolution instead of each pair and of the batch norm inside it. A network without such pairs is
+listed layer by layer.
 """
 
 from types import SimpleNamespace

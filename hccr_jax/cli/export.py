@@ -12,7 +12,7 @@ Examples:
 The network is that of the run's best step, its batch norms folded into the convolutions. But for
 safetensors it takes `images` uint8 (batch, S, S) in normal form (`data/images/normalize.py`: ink
 255, paper 0) and gives `logits` and `probabilities`, float32 (batch, K). A file of safetensors
-holds the weights and the list of layers.
+has the weights and the list of layers.
 
   format        dtypes                            runs in                  needs
   onnx          float32, float16, int8            ONNX Runtime             hccr_jax[export]

@@ -10,11 +10,11 @@ Examples:
 
 Reads PNG, JPEG and GNT files, folders of them, and "-" for what comes on stdin. A picture shows one
 character, dark on light or light on dark, of any size and colour; with --page, lines of characters
-that do not touch. Prints one JSON object a line for each picture, GNT record or page. A picture
-that cannot be read is told on stderr, and the others are read all the same.
+that do not touch. Prints one JSON object a line for each picture, GNT record or page. An unreadable
+picture is reported on stderr, and the others are still read.
 
-With --reject_at, what is crossed out, no character of the class list or a scrawl is marked as
-rejected. Its p_value says how many of a hundred properly written characters look less like one:
+With --reject_at, anything crossed out, outside the class list or scrawled is marked as rejected.
+p_value is the share of properly written characters that look less like a character:
 --reject_at=0.01 rejects about one good character in a hundred.
 
 Exit codes: 0 done, 2 the request or a picture was wrong.
@@ -74,7 +74,7 @@ class _Reader:
                 self.report(error)
 
     def report(self, error: InputError) -> None:
-        """Prints what is wrong with a picture."""
+        """Reports a picture that cannot be read."""
         self.num_errors += 1
         command.report_error(error)
 
@@ -99,9 +99,9 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string(
         "annotate", None, "With --page: a PNG file to draw the one page into, with boxes and "
-        "answers.", flag_values=values,
+        "predictions.", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_bool("time", False, "Tell speed and latency on stderr.", flag_values=values)
+    flags.DEFINE_bool("time", False, "Report speed and latency on stderr.", flag_values=values)
 
 
 def run(values: SimpleNamespace) -> int:
@@ -163,7 +163,7 @@ def _find_files(name: str) -> list[str]:
 def _read_characters(
     recognizer: Any, reader: _Reader, files: list[str], values: SimpleNamespace
 ) -> int:
-    """Prints the answer to each picture and returns their number."""
+    """Prints the candidates for each picture and returns their number."""
     from hccr_jax.data.images.ink import to_bitmap
     from hccr_jax.inference.recognizer import in_batches
 
@@ -171,7 +171,7 @@ def _read_characters(
         for head, (grey, record, _) in reader.pictures(files):
             try:
                 name = head["file"] if record is None else f"{head['file']}, record {record}"
-                # The bitmaps of a GNT file are as the network was taught.
+                # The bitmaps of a GNT file are like the training images.
                 bitmap = to_bitmap(grey, name) if record is None else grey
                 yield _Item(head, recognizer.to_normal_form(bitmap))
             except InputError as error:
@@ -179,9 +179,9 @@ def _read_characters(
 
     count = 0
     for batch in in_batches(items(), recognizer.batch_size):
-        answers = recognizer.judge(np.stack([item.form for item in batch]), values.top)
-        for item, answer in zip(batch, answers, strict=True):
-            _write(item.head, _describe(answer, values), values)
+        recognitions = recognizer.judge(np.stack([item.form for item in batch]), values.top)
+        for item, recognition in zip(batch, recognitions, strict=True):
+            _write(item.head, _describe(recognition, values), values)
         count += len(batch)
     return count
 
@@ -198,9 +198,9 @@ def _read_pages(recognizer: Any, reader: _Reader, files: list[str], values: Simp
             reader.report(InputError(f"{head['file']}: no ink found"))
             continue
         forms = np.stack([recognizer.to_normal_form(c.bitmap) for c in characters])
-        answers = iter(recognizer.judge(forms, values.top))
+        recognitions = iter(recognizer.judge(forms, values.top))
         described = [
-            [{"box": list(c.box), **_describe(next(answers), values)} for c in line]
+            [{"box": list(c.box), **_describe(next(recognitions), values)} for c in line]
             for line in lines
         ]
         _write_page(head | {"width": grey.shape[1], "height": grey.shape[0]}, described, values)
@@ -214,24 +214,24 @@ def _read_pages(recognizer: Any, reader: _Reader, files: list[str], values: Simp
     return count
 
 
-def _describe(answer: Any, values: SimpleNamespace) -> dict[str, Any]:
-    described: dict[str, Any] = {"candidates": [c._asdict() for c in answer.candidates]}
+def _describe(recognition: Any, values: SimpleNamespace) -> dict[str, Any]:
+    described: dict[str, Any] = {"candidates": [c._asdict() for c in recognition.candidates]}
     if values.reject_at is not None:
-        described["p_value"] = answer.p_value
-        described["rejected"] = answer.p_value <= values.reject_at
+        described["p_value"] = recognition.p_value
+        described["rejected"] = recognition.p_value <= values.reject_at
     return described
 
 
-def _best(answer: dict[str, Any]) -> str:
-    return answer["candidates"][0]["character"]
+def _best(recognition: dict[str, Any]) -> str:
+    return recognition["candidates"][0]["character"]
 
 
-def _write(head: dict[str, Any], answer: dict[str, Any], values: SimpleNamespace) -> None:
+def _write(head: dict[str, Any], recognition: dict[str, Any], values: SimpleNamespace) -> None:
     if not values.table:
-        print(json.dumps(head | answer, ensure_ascii=False))
+        print(json.dumps(head | recognition, ensure_ascii=False))
         return
     name = head["file"] + (f", record {head['record']}" if "record" in head else "")
-    print(f"{name}  {_to_cells(answer)}")
+    print(f"{name}  {_to_cells(recognition)}")
 
 
 def _write_page(
@@ -252,9 +252,9 @@ def _write_page(
             print(f"  {_to_cells(character)}")
 
 
-def _to_cells(answer: dict[str, Any]) -> str:
-    cells = [f"{c['character']} {100 * c['probability']:6.2f} %" for c in answer["candidates"]]
-    return "  ".join(cells + ["rejected"] * bool(answer.get("rejected")))
+def _to_cells(recognition: dict[str, Any]) -> str:
+    cells = [f"{c['character']} {100 * c['probability']:6.2f} %" for c in recognition["candidates"]]
+    return "  ".join(cells + ["rejected"] * bool(recognition.get("rejected")))
 
 
 def _save(picture: Any, path: str) -> None:

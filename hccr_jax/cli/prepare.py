@@ -8,7 +8,7 @@ Examples:
 
   hccr prepare --archives=~/casia --test_archives=~/casia/competition-gnt.zip --data_dir=~/data --name=icdar2013
 
-A folder that holds the archives, or unpacked .gnt files, will do as well: --archives=~/casia. In a folder of pictures (PNG, JPEG), each lies in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
+A folder that holds the archives, or unpacked .gnt files, works as well: --archives=~/casia. In a folder of pictures (PNG, JPEG), each is in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
 """  # noqa: E501
 
 import sys
@@ -56,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "on_error",
         "stop",
         ["stop", "skip"],
-        "At a damaged file or record: stop, or go on with what is sound and count the rest.",
+        "At a damaged file or record: stop, or skip the damaged parts and count them.",
         flag_values=values,
     )
     flags.DEFINE_bool(

@@ -5,7 +5,7 @@ Examples:
   hccr scaling --config=configs/v2.py --images_per_second=279000
   hccr scaling --config=configs/v1.py --images_per_second=372000 --gpus=8,16,32
 
-Each GPU takes --batch_size images a step. What devices exchange in a step is read off the compiled
+Each GPU takes --batch_size images a step. What devices exchange in a step is read from the compiled
 program: the gradients, and with model.batch_norm="global" the sums of every batch norm, forward and
 backward, which wait for one another. A reduction of b bytes over g GPUs a machine and m machines
 takes
@@ -13,9 +13,9 @@ takes
   latency(g m) + 2 b (g − 1)/g / nvlink + 2 (b/g) (m − 1)/m / network,
   latency(n) = latency_us + 2 hop_us log2(m)
 
-(a ring inside each machine, which leaves each GPU a g-th of the sums to exchange with its fellows
-in the other machines; small messages climb and descend a tree). Nothing is taken to overlap with
-computing, so the true efficiency lies higher.
+(a ring inside each machine, after which each GPU exchanges a g-th of the sums with its counterparts
+in the other machines; small messages go up and down a tree). No overlap with computing is assumed,
+so the true efficiency is higher.
 """
 
 from types import SimpleNamespace

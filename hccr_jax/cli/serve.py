@@ -8,11 +8,11 @@ Examples:
 The page is one file and needs no network but this server. For a page that recognises in the browser
 and needs no server, see launch/build_demo.sh. Ctrl-C ends it.
 
-Other programs may ask, too: POST /recognize takes strokes, as application/json a list of strokes of
-points [x, y], or the bytes of a PNG or JPEG file, and answers in JSON with `candidates` and
-`milliseconds`, or with `error`: its `code` and `message`.
+For other programs: POST /recognize takes strokes, as application/json a list of strokes of points
+[x, y], or the bytes of a PNG or JPEG file, and returns JSON with `candidates` and `milliseconds`,
+or with `error`: its `code` and `message`.
 
-Exit codes: 0 ended, 1 the address cannot be had, 2 wrong request.
+Exit codes: 0 ended, 1 the address is not available, 2 wrong request.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from absl import flags
 from hccr_jax.cli import command
 from hccr_jax.runtime.startup import prepare_process
 
-# Until the interpreter has ended all threads: else one that still answers a request may be the last
-# to let go of the network, and a thread that frees JAX's arrays at that moment aborts the process.
+# Until the interpreter has ended all threads: else one that still handles a request may be the last
+# to release the network, and a thread that frees JAX's arrays at that moment aborts the process.
 _KEPT: list[Any] = []
 
 
@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=values
     )
     flags.DEFINE_string(
-        "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines draw, too.",
+        "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines connect.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
