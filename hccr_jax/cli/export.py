@@ -7,6 +7,7 @@ Examples:
   hccr export --checkpoint=runs/v2 --format=litert --output=v2.tflite --dtype=float16
   hccr export --checkpoint=runs/v2 --format=stablehlo --output=v2.stablehlo
   hccr export --checkpoint=runs/v2 --format=safetensors --output=v2.safetensors
+  hccr export --checkpoint=runs/v2 --format=onnx --output=v2.tta.onnx --tta
   hccr export --checkpoint=runs/v2 --format=onnx --output=v2.onnx --verify
 
 The network is that of the run's best step, its batch norms folded into the convolutions. But for
@@ -26,6 +27,10 @@ float32. FILE.golden.npz is written next to FILE: a description in JSON (also in
 but for StableHLO), 16 images by a simulated writer and the file's outputs for them, which any other
 program that runs the file should reproduce.
 
+--tta puts the test-time augmentation of the run (`eval.tta_views`, `eval.tta_flips`) into a file of
+ONNX or StableHLO: it takes the same images, shows the network all views of each, and combines their
+probabilities, at so many times the cost.
+
 --verify writes nothing: it runs FILE in its own runtime on the test split and reports how its
 probabilities and its top-1 differ from the checkpoint's, and how long one image takes (ONNX and
 LiteRT on one core); it fails if the golden probabilities differ by more than the tolerance.
@@ -44,6 +49,7 @@ from hccr_jax.cli import command
 from hccr_jax.errors import InputError
 from hccr_jax.runtime.startup import prepare_process
 
+TTA_FORMATS = ("onnx", "stablehlo")
 DTYPES = ("float32", "float16", "int8")
 # Of each format: its dtypes, the optional packages it requires, and their extra.
 FORMATS = {
@@ -64,6 +70,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "data_dir", None, "Folder of all data sets, for int8 and --verify; the run's where not "
         "given.", flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_bool(
+        "tta", False, "Put the run's test-time augmentation into the file.", flag_values=values
+    )
     flags.DEFINE_bool("verify", False, "Check a file that is there.", flag_values=values)
 
 
@@ -82,7 +91,14 @@ def run(values: SimpleNamespace) -> int:
     if pretrained.config.model.mqdf_weight > 0.0:
         pretrained = set_mqdf_weight(pretrained, 0.0)
         print("the network alone: no file holds the MQDF that it is ensembled with")
-    config = pretrained.config
+    config, views = pretrained.config, None
+    if values.tta:
+        views = pretrained.network.tta_views
+        if views is None:
+            raise InputError(
+                f"--tta: {pretrained.source} is evaluated on one view of an image; "
+                f"config.eval.tta_views and config.eval.tta_flips of a run say how many"
+            )
     if values.data_dir:
         config.data.data_dir = values.data_dir
     if values.verify:
@@ -96,7 +112,7 @@ def run(values: SimpleNamespace) -> int:
         images = load(config, config.data.train_split).images
         count = min(len(images), exporter.CALIBRATION_IMAGES)
         calibration = images[np.linspace(0, len(images) - 1, count).astype(int)]
-    golden = exporter.export(pretrained, values.format, output, values.dtype, calibration)
+    golden = exporter.export(pretrained, values.format, output, values.dtype, calibration, views)
     difference = np.abs(golden.probabilities - golden.reference).max()
     print(
         f"{output}: {values.format}, {values.dtype}, {output.stat().st_size:,} bytes, "
@@ -118,6 +134,11 @@ def check(values: SimpleNamespace) -> None:
     if values.dtype not in dtypes:
         raise InputError(
             f"--dtype={values.dtype}: --format={values.format} has {', '.join(dtypes)}"
+        )
+    if values.tta and values.format not in TTA_FORMATS:
+        raise InputError(
+            f"--tta: --format={values.format} has no graph for the views; "
+            f"{' and '.join(TTA_FORMATS)} have"
         )
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     if missing:

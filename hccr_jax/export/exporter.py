@@ -10,13 +10,14 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import hccr_jax
 from hccr_jax import config as config_lib
 from hccr_jax.data.images.normalize import normalize
-from hccr_jax.data.splits import Split
+from hccr_jax.data.splits import Split, padded_rows
 from hccr_jax.data.synthetic.draw import draw
 from hccr_jax.data.synthetic.writer import create_writer
 from hccr_jax.errors import InputError
@@ -24,7 +25,8 @@ from hccr_jax.export import litert_file, onnx_file, safetensors_file, stablehlo_
 from hccr_jax.export.graph import fold
 from hccr_jax.inference.network import create_module
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained
-from hccr_jax.inference.steps import to_float
+from hccr_jax.inference.steps import combine_tta, show_views, to_float
+from hccr_jax.inference.tta import TtaViews
 from hccr_jax.models.functional import split_model
 from hccr_jax.runtime.checkpoints import check_classes
 
@@ -111,6 +113,7 @@ def export(
     output: Path,
     dtype: str = "float32",
     calibration: np.ndarray | None = None,
+    views: TtaViews | None = None,
 ) -> Golden:
     """Writes a network to a file, with its golden pairs in OUTPUT.golden.npz.
 
@@ -120,6 +123,7 @@ def export(
       output: the file.
       dtype: one of the format's.
       calibration: uint8 (N, S, S), normalised images for int8.
+      views: of test-time augmentation inside an onnx or stablehlo file; None for one view.
 
     Returns:
       The golden pairs.
@@ -130,22 +134,22 @@ def export(
     """
     model = trained_module(pretrained)
     layers = fold(model)
-    description = describe(pretrained, dtype)
+    description = describe(pretrained, dtype, views)
     images = golden_images(pretrained)
     image_px = pretrained.config.data.image_px
     part = output.with_name(f"{output.name}.part")
     try:
         match file_format:
             case "onnx":
-                onnx_file.write(part, layers, image_px, description, dtype, calibration)
+                onnx_file.write(part, layers, image_px, description, dtype, calibration, views)
             case "litert":
                 litert_file.write(part, layers, image_px, description, dtype)
             case "stablehlo":
-                stablehlo_file.write(part, layers, image_px, dtype)
+                stablehlo_file.write(part, layers, image_px, dtype, views)
             case "safetensors":
                 safetensors_file.write(part, layers, description, dtype)
         probabilities = _load(part, file_format)(images)
-        reference = _make_reference(model)(images)
+        reference = _make_reference(model, views)(images)
         difference = np.abs(probabilities - reference).max()
         # The loss of lower precision is for the user to judge, unless the outputs are not finite.
         if not difference <= (TOLERANCES[dtype] if dtype == "float32" else 1.0):
@@ -179,7 +183,9 @@ def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split)
     check_classes(golden.description["classes"], pretrained.classes, output)
     check_classes(pretrained.classes, split.classes, pretrained.source)
     predict = _load(output, file_format)
-    reference = _make_reference(trained_module(pretrained))
+    tta = golden.description.get("tta")
+    views = TtaViews(*(np.array(tta[key], np.float32) for key in TtaViews._fields)) if tta else None
+    reference = _make_reference(trained_module(pretrained), views)
     ours, theirs = (_in_batches(function, split.images) for function in (predict, reference))
     return Verification(
         count=len(split.labels),
@@ -192,16 +198,17 @@ def verify(pretrained: Pretrained, file_format: str, output: Path, split: Split)
     )
 
 
-def describe(pretrained: Pretrained, dtype: str) -> dict[str, Any]:
+def describe(pretrained: Pretrained, dtype: str, views: TtaViews | None = None) -> dict[str, Any]:
     """Returns a JSON object with all that a program needs to use a network."""
-    config = pretrained.config
+    config, num_views = pretrained.config, len(views.maps) if views else 1
     parameters = sum(leaf.size for leaf in jax.tree.leaves(pretrained.network.params))
     return {
         "version": hccr_jax.__version__,
         "model": {"name": config.model.name} | config_lib.model_options(config),
         "dtype": dtype,
         "parameters": parameters,
-        "multiply_adds": pretrained.network.multiply_adds,
+        "multiply_adds": num_views * pretrained.network.multiply_adds,
+        "tta": {key: value.tolist() for key, value in views._asdict().items()} if views else None,
         "step": pretrained.step,
         "validation": pretrained.validation,
         "data": config.data.name,
@@ -276,14 +283,21 @@ def _load(path: Path, file_format: str, threads: int = 0) -> Predict:
         raise InputError(f"{path}: not a valid {file_format} file: {error}") from error
 
 
-def _make_reference(model: nnx.Module) -> Predict:
-    """Returns the checkpoint's network, batch norms not folded."""
+def _make_reference(model: nnx.Module, views: TtaViews | None) -> Predict:
+    """Returns the checkpoint's network, batch norms not folded, with test-time augmentation."""
     apply, params, batch_stats = split_model(model)
 
     @jax.jit
     def predict(params, batch_stats, images):
         with jax.default_matmul_precision("highest"):
-            logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+            if views is None:
+                logits, _ = apply(params, batch_stats, to_float(images)[..., None])
+            else:
+                seen = show_views(to_float(images), views)
+                inputs = seen.reshape(-1, *seen.shape[2:], 1)
+                logits, _ = apply(params, batch_stats, inputs)
+                logits = logits.reshape(*seen.shape[:2], -1)
+                logits = combine_tta(logits, jnp.asarray(views.weights))
         return jax.nn.softmax(logits)
 
     return lambda images: np.asarray(predict(params, batch_stats, images))
@@ -291,8 +305,5 @@ def _make_reference(model: nnx.Module) -> Predict:
 
 def _in_batches(predict: Predict, images: np.ndarray) -> np.ndarray:
     """Returns the probabilities of all images; the last batch is padded to full size."""
-    parts = []
-    for start in range(0, len(images), BATCH):
-        rows = np.minimum(np.arange(start, start + BATCH), len(images) - 1)
-        parts.append(predict(images[rows]))
-    return np.concatenate(parts)[: len(images)]
+    batches = padded_rows(len(images), BATCH)
+    return np.concatenate([predict(images[rows]) for rows in batches])[: len(images)]

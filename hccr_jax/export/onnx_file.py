@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from hccr_jax.export import tta
 from hccr_jax.export.graph import RELU6_LIMIT
+from hccr_jax.inference.tta import TtaViews
 from hccr_jax.models.folding import INPUT, Layer
 
 OPSET, IR_VERSION = 17, 8  # of 2022: runtimes on phones lag behind
@@ -29,6 +31,7 @@ def write(
     description: dict[str, Any],
     dtype: str = "float32",
     calibration: np.ndarray | None = None,
+    views: TtaViews | None = None,
 ) -> None:
     """Writes a network to an ONNX file.
 
@@ -39,11 +42,12 @@ def write(
       description: JSON object, stored in the file's metadata.
       dtype: of weights and arithmetic: "float32", "float16" or "int8".
       calibration: uint8 (N, S, S), for int8: images that set the range of every activation.
+      views: of test-time augmentation inside the file; None for one view.
     """
     import onnx
 
     arithmetic = np.dtype(np.float16 if dtype == "float16" else np.float32)
-    model = _GraphBuilder(arithmetic).build(layers, image_px)
+    model = _GraphBuilder(arithmetic).build(layers, image_px, views)
     if dtype == "int8":
         assert calibration is not None
         model = _quantize(model, calibration, _first_layers(layers))
@@ -75,15 +79,18 @@ class _GraphBuilder:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def build(self, layers: Sequence[Layer], image_px: int) -> Any:
+    def build(self, layers: Sequence[Layer], image_px: int, views: TtaViews | None) -> Any:
         from onnx import TensorProto, helper, numpy_helper
 
-        outputs = {INPUT: self.add_input()}
+        source = tta.add_views(self, INPUT, views, image_px) if views else INPUT
+        outputs = {INPUT: self.add_input(source)}
         for layer in layers:
             outputs[layer.name] = self.add_layer(layer, [outputs[name] for name in layer.inputs])
         last, bias = layers[-1].name, layers[-1].bias
         assert bias is not None
-        self.node("Cast", "logits", [last], to=TensorProto.FLOAT)
+        self.node("Cast", "logits.views" if views else "logits", [last], to=TensorProto.FLOAT)
+        if views:
+            tta.add_combination(self, "logits.views", "logits", views, len(bias))
         self.node("Softmax", "probabilities", ["logits"], axis=1)
         results = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", len(bias)])
@@ -99,13 +106,13 @@ class _GraphBuilder:
             producer_name="hccr_jax",
         )
 
-    def add_input(self) -> str:
+    def add_input(self, source: str) -> str:
         from onnx import helper
 
         white = self.constant("white", np.array(255, self.dtype))
         axis = self.constant("channel_axis", np.array([1], np.int64))
         element = helper.np_dtype_to_tensor_dtype(self.dtype)
-        self.node("Cast", "images.float", [INPUT], to=element)
+        self.node("Cast", "images.float", [source], to=element)
         self.node("Div", "images.scaled", ["images.float", white])
         return self.node("Unsqueeze", "images.maps", ["images.scaled", axis])
 
@@ -193,6 +200,8 @@ def _quantize(model: Any, calibration: np.ndarray, first_layers: Sequence[str]) 
                 return None
             return {INPUT: np.ascontiguousarray(calibration[start : start + _CALIBRATION_ROWS])}
 
+    excluded = [*first_layers, *(f"{name}.linear" for name in first_layers)]
+    excluded += [node.name for node in model.graph.node if node.name.startswith(tta.PREFIX)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(model.SerializeToString())
@@ -205,7 +214,7 @@ def _quantize(model: Any, calibration: np.ndarray, first_layers: Sequence[str]) 
                                       "MaxPool", "AveragePool", "Flatten"],
                 per_channel=True,
                 reduce_range=True,
-                nodes_to_exclude=[*first_layers, *(f"{name}.linear" for name in first_layers)],
+                nodes_to_exclude=excluded,
                 extra_options={"CalibMovingAverage": True},
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,

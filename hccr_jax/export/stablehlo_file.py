@@ -15,13 +15,21 @@ import numpy as np
 from jax import export, lax
 
 from hccr_jax.export.graph import run
+from hccr_jax.inference.steps import combine_tta, show_views
+from hccr_jax.inference.tta import TtaViews
 from hccr_jax.models.folding import Layer
 from hccr_jax.ops.depthwise import grouped_conv, shifted_sum
 
 PLATFORMS = ("cpu", "cuda")
 
 
-def write(path: Path, layers: Sequence[Layer], image_px: int, dtype: str = "float32") -> None:
+def write(
+    path: Path,
+    layers: Sequence[Layer],
+    image_px: int,
+    dtype: str = "float32",
+    views: TtaViews | None = None,
+) -> None:
     """Writes a network to a file that `jax.export.deserialize` reads.
 
     Args:
@@ -29,12 +37,19 @@ def write(path: Path, layers: Sequence[Layer], image_px: int, dtype: str = "floa
       layers: from `graph.fold`.
       image_px: side S of the images.
       dtype: of weights and arithmetic: "float32" or "float16".
+      views: of test-time augmentation inside the file; None for one view.
     """
     cast = [_cast(layer, np.dtype(dtype)) for layer in layers]
 
     @jax.jit
     def recognise(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = run(cast, images, jnp, _convolve)
+        if views is None:
+            logits = run(cast, images, jnp, _convolve)
+        else:
+            seen = show_views(images.astype(jnp.float32), views)
+            logits = run(cast, seen.reshape(-1, image_px, image_px), jnp, _convolve)
+            logits = logits.reshape(*seen.shape[:2], -1)
+            logits = combine_tta(logits, jnp.asarray(views.weights))
         return logits, jax.nn.softmax(logits)
 
     shape = export.symbolic_shape(f"batch, {image_px}, {image_px}")

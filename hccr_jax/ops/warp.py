@@ -30,6 +30,34 @@ def warp(
       bend: float32 (B, 2, S·S), offsets (x, y) in pixels of each output pixel's sampling point.
     """
     batch, size, _ = images.shape
+    corner, right_weight, bottom_weight = sampling_grid(matrices, shifts, size, bend)
+    line = size + 3
+    flat = jnp.pad(images, ((0, 0), (1, 2), (1, 2))).reshape(batch, line * line)
+
+    def tap(offset: int) -> jax.Array:
+        return jnp.take_along_axis(flat, corner + offset, axis=1, mode="promise_in_bounds")
+
+    upper = tap(0) * (1 - right_weight) + tap(1) * right_weight
+    lower = tap(line) * (1 - right_weight) + tap(line + 1) * right_weight
+    return (upper * (1 - bottom_weight) + lower * bottom_weight).reshape(images.shape)
+
+
+def sampling_grid(
+    matrices: jax.Array, shifts: jax.Array, size: int, bend: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns where `warp` samples each output pixel.
+
+    A border of paper, one pixel before the image and two after, keeps all four neighbours of a
+    sampling point inside the array.
+
+    Args:
+      matrices, shifts, bend: see `warp`.
+      size: S.
+
+    Returns:
+      (corner, right_weight, bottom_weight), each (B, S·S): index of the upper left neighbour in the
+      flattened bordered image (S + 3)², int32, and the weights of the right and lower neighbours.
+    """
     (a, b), (c, d) = matrices.transpose(1, 2, 0)[..., None]
     scale = 1.0 / (a * d - b * c)
     grid = jnp.arange(size, dtype=jnp.float32) + 0.5 - size / 2
@@ -43,14 +71,5 @@ def warp(
     from_y = jnp.clip(from_y + (size / 2 - 0.5), -1.0, size)
     left, top = jnp.floor(from_x), jnp.floor(from_y)
     right_weight, bottom_weight = from_x - left, from_y - top
-    # A border of paper, one pixel before and two after, keeps all four neighbours inside the array.
-    line = size + 3
-    flat = jnp.pad(images, ((0, 0), (1, 2), (1, 2))).reshape(batch, line * line)
-    corner = (top.astype(jnp.int32) + 1) * line + left.astype(jnp.int32) + 1
-
-    def tap(offset: int) -> jax.Array:
-        return jnp.take_along_axis(flat, corner + offset, axis=1, mode="promise_in_bounds")
-
-    upper = tap(0) * (1 - right_weight) + tap(1) * right_weight
-    lower = tap(line) * (1 - right_weight) + tap(line + 1) * right_weight
-    return (upper * (1 - bottom_weight) + lower * bottom_weight).reshape(images.shape)
+    corner = (top.astype(jnp.int32) + 1) * (size + 3) + left.astype(jnp.int32) + 1
+    return corner, right_weight, bottom_weight
