@@ -42,7 +42,7 @@ def evaluate_rejection(
       validation: characters that the network was not trained on.
       test: of other writers.
       classes: of the network.
-      is_right: bool (N,), whether its prediction for each character of the test split is right.
+      is_right: bool (N,), whether its prediction for each test character is right.
       num_images: of each set, at most.
       workdir: gets plots/rejection.png.
 
@@ -58,11 +58,10 @@ def evaluate_rejection(
     bitmaps = _bitmaps(test, rows)
     traits, confidence = read(_forms(bitmaps, test))
     scores = rejector.scores(traits)
+    others = sorted(set(charset.level1()) - set(classes))
     drawn = {
         "crossed_out": negatives.crossed_out(bitmaps, [SEED, 10]),
-        "unknown": negatives.unknown(
-            len(bitmaps), [SEED, 11], NEW_SYMBOLS, sorted(set(charset.level1()) - set(classes))
-        ),
+        "unknown": negatives.unknown(len(bitmaps), [SEED, 11], NEW_SYMBOLS, others),
         "scrawl": negatives.scrawls(len(bitmaps), [SEED, 12]),
     }
     results: dict[str, Any] = {
@@ -82,9 +81,8 @@ def evaluate_rejection(
         if name == "crossed_out":
             results[name]["new_kinds"] = {
                 kind: auroc(other.scores(traits), other.scores(spoilt_traits[kinds == kind]))
-                for kind, other in fitted_without.items()
-                if kind in kinds
-            }
+                for kind, other in fitted_without.items() if kind in kinds
+            }  # fmt: skip
     if distributed.is_primary():
         plots.write_rejection(workdir, scores, is_right[rows], negative_scores)
     return results, rejector

@@ -1,7 +1,7 @@
-"""Characters on a page: found, grouped into lines and put in order by geometry alone.
+"""Layout of a page: characters, grouped into lines and ordered by geometry alone.
 
-Enough for separated writing: characters that touch their neighbours, ruled lines and pictures are
-not told apart from a character.
+Sufficient for separated writing: characters that touch their neighbours, ruled lines and pictures
+are taken for characters.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from hccr_jax.data.images.ink import PAGE_CELLS, cut_out, find_ink, reduce_to
 from hccr_jax.data.images.normalize import PAPER
@@ -17,8 +18,8 @@ from hccr_jax.data.synthetic import archives
 
 PAGE_PIXELS = 4_000_000  # a larger page is reduced first
 MAX_SLOPE = 0.1  # of a line
-# What a gap in a character costs, a wide one, a narrow one, and a narrow gap between two; lengths
-# are in units of a character's side.
+# Costs of a gap within a character, a wide and a narrow character, and a narrow gap between two, by
+# lengths in units of a character's side.
 INNER, WIDE, NARROW, NEAR = 6.0, 20.0, 3.0, 4.0
 COLOUR = (200, 30, 30)
 
@@ -30,7 +31,7 @@ class Character(NamedTuple):
 
     Attributes:
       box: left, top, right, bottom in pixels of the page, half-open.
-      bitmap: uint8 (H, W), as `canvas.normalize` takes it.
+      bitmap: uint8 (H, W), as `normalize.normalize` takes it.
     """
 
     box: Box
@@ -79,9 +80,6 @@ def read_page(grey: np.ndarray, vertical: bool = False) -> list[list[Character]]
 def find_parts(mask: np.ndarray) -> Parts:
     """Returns the connected components of a mask; pixels that touch at a corner are connected.
 
-    Runs of pixels are linked to those that they touch in the next row, and take the lowest number
-    among their neighbours' until nothing changes.
-
     Args:
       mask: bool (H, W).
 
@@ -93,23 +91,8 @@ def find_parts(mask: np.ndarray) -> Parts:
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(steps == 1)
     stops = np.nonzero(steps == -1)[1]
-    count, pitch = len(rows), width + 2
-    low = np.searchsorted(rows * pitch + stops, (rows + 1) * pitch + starts, "left")
-    high = np.searchsorted(rows * pitch + starts, (rows + 1) * pitch + stops, "right")
-    links = np.maximum(high - low, 0)
-    upper = np.repeat(np.arange(count), links)
-    lower = np.arange(len(upper)) + np.repeat(low - np.cumsum(links) + links, links)
-    names = np.arange(count)
-    while len(upper):
-        least = np.minimum(names[upper], names[lower])
-        if (names[upper] == names[lower]).all():
-            break
-        for ends in (upper, lower):
-            np.minimum.at(names, names[ends], least)
-        while (names != names[names]).any():
-            names = names[names]
-    _, labels = np.unique(names, return_inverse=True)
-    num = int(labels.max(initial=-1)) + 1
+    components, num = ndimage.label(mask, np.ones((3, 3)))
+    labels = components[rows, starts] - 1
     left, top = np.full(num, width), np.full(num, height)
     right, bottom = np.zeros(num, int), np.zeros(num, int)
     np.minimum.at(left, labels, starts)
@@ -153,11 +136,11 @@ def group_parts(parts: Parts) -> list[list[np.ndarray]]:
 
 
 def draw_page(grey: np.ndarray, lines: Sequence[Sequence[tuple[Box, str, bool]]]) -> Image.Image:
-    """Returns a page with a box around each character and its answer beside it.
+    """Returns a page with a box around each character and its prediction above or below it.
 
     Args:
       grey: uint8 (H, W).
-      lines: of boxes, answers, and whether the answer is certain enough.
+      lines: of boxes, predictions, and whether the prediction is certain enough.
     """
     picture = Image.fromarray(grey).convert("RGB")
     canvas = ImageDraw.Draw(picture)
@@ -187,7 +170,7 @@ def _find_slope(parts: Parts, kept: np.ndarray, size: float) -> float:
 
 
 def _profile(runs: np.ndarray, slope: float, bin_px: float) -> tuple[np.ndarray, float]:
-    """Returns the ink by place across the lines, and the place where it begins."""
+    """Returns the ink by position across the lines, and the position of the first bin."""
     across = runs[:, 0] + 0.5 - slope * (runs[:, 1] + runs[:, 2]) / 2
     first = float(across.min())
     return np.bincount(((across - first) / bin_px).astype(int), runs[:, 2] - runs[:, 1]), first
@@ -218,7 +201,7 @@ def _find_lines(parts: Parts, kept: np.ndarray, size: float, slope: float) -> li
 
 
 def _split(smooth: np.ndarray, start: int, stop: int, size: float) -> list[tuple[int, int]]:
-    """Returns a line, or the lines that it is made of, cut where there is least ink."""
+    """Returns a line, or the lines that it consists of, cut where there is least ink."""
     if stop - start < 1.9 * size:
         return [(start, stop)]
     low, high = start + round(0.7 * size), stop - round(0.7 * size)
@@ -265,7 +248,7 @@ def _find_characters(parts: Parts, line: np.ndarray, size: float) -> list[np.nda
 
 
 def _cost(columns: Sequence[tuple[int, int]], end_before: int | None, size: float) -> float:
-    """Returns what it costs to take columns for one character, and to cut before it."""
+    """Returns the cost of columns as one character, and of the cut before it."""
     left, right = columns[0][0], max(stop for _, stop in columns)
     width = (right - left) / size
     inner = sum(max(0.0, (b[0] - a[1]) / size) for a, b in itertools.pairwise(columns))
@@ -276,7 +259,7 @@ def _cost(columns: Sequence[tuple[int, int]], end_before: int | None, size: floa
 
 
 def _cut(flat: np.ndarray, mask: np.ndarray, parts: Parts, members: np.ndarray) -> Character:
-    """Returns a character, everything else taken away."""
+    """Returns a character with everything else erased."""
     left, top = int(parts.left[members].min()), int(parts.top[members].min())
     right, bottom = int(parts.right[members].max()), int(parts.bottom[members].max())
     edge = 2 + max(right - left, bottom - top) // 32

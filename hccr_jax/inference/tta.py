@@ -1,4 +1,4 @@
-"""Test-time augmentation: the ways in which an image is shown to a network."""
+"""Test-time augmentation: the views of an image that a network sees."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from hccr_jax.ops.warp import rotation_matrix
 
 
 class TtaViews(NamedTuple):
-    """How one image is seen at test time.
+    """The views of an image at test time, the image as it is first.
 
     Attributes:
-      maps: float32 (V, 2, 2), for `warp`.
-      weights: float32 (V,).
+      maps: float32 (V, 2, 2), matrices for `warp`.
+      weights: float32 (V,), of each view in the mean of the probabilities.
     """
 
     maps: np.ndarray
@@ -24,8 +24,8 @@ def create_tta_views(count: int, flips: bool, upright_prior: float = 0.25) -> Tt
     """Returns the views of an image.
 
     Args:
-      count: the first so many of: as it is, turned by 6° either way, smaller by 8 %, larger by 8 %.
-      flips: each of them as it is, mirrored along either axis, and along both.
+      count: from 1 to 5, the first of: as it is, rotated by 6° either way, scaled by 0.92, by 1.08.
+      flips: adds each of them mirrored along either axis, and along both.
       upright_prior: with flips, the probability that an image is as written, not mirrored.
     """
     turn = [np.asarray(rotation_matrix(jnp.deg2rad(angle))) for angle in (6.0, -6.0)]
