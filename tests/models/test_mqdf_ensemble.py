@@ -18,13 +18,19 @@ from hccr_jax.data.from_config import load
 from hccr_jax.errors import InputError
 from hccr_jax.export import exporter
 from hccr_jax.inference.network import create_network
-from hccr_jax.inference.pretrained import Pretrained, load_pretrained, set_mqdf_weight
+from hccr_jax.inference.pretrained import (
+    Pretrained,
+    load_pretrained,
+    restore_items,
+    set_mqdf_weight,
+)
 from hccr_jax.inference.recognizer import Recognizer
 from hccr_jax.inference.steps import make_logits_step, to_float
 from hccr_jax.models import mqdf
 from hccr_jax.models.functional import expose_features, split_model
 from hccr_jax.models.registry import create_model
-from hccr_jax.runtime.sharding import create_mesh
+from hccr_jax.runtime.checkpoints import Checkpoints
+from hccr_jax.runtime.sharding import create_mesh, replicated
 from hccr_jax.train import fit_mqdf
 from hccr_jax.train.fit_mqdf import fit_mqdf_member
 from hccr_jax.train.init_from import start_from
@@ -207,3 +213,49 @@ def test_mqdf_itself_has_no_member(tiny_job: list[str]) -> None:
     config.model.mqdf_weight = 0.5
     with pytest.raises(InputError, match=r"mqdf_weight=0\.5: mqdf has no such option"):
         create_network(config, 8)
+
+
+def test_eval_json_states_what_the_accuracy_consists_of(
+    pretrained: Pretrained, both: Path, finished: Path
+) -> None:
+    scores, alone = (json.loads((run / "eval.json").read_text()) for run in (both, finished))
+    assert set(alone) & {"network", "tta", "ensemble"} == {"network"}
+    assert set(scores) & {"network", "tta", "ensemble"} == {"network", "ensemble"}
+    assert scores["ensemble"]["mqdf_weight"] == WEIGHT
+    split = load(pretrained.config, "test")
+    for name, weight in (("network", 0.0), ("ensemble", WEIGHT)):
+        logits = compute_logits(set_mqdf_weight(pretrained, weight), split.images)
+        logs = log_softmax(logits.astype(np.float64), axis=1)
+        loss = -logs[np.arange(len(logs)), split.labels].mean()
+        assert scores[name]["count"] == len(split.labels)
+        assert scores[name]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert scores[name]["top1"] == (logs.argmax(axis=1) == split.labels).mean()
+    for key in ("count", "loss", "top1", "top5"):
+        assert scores[key] == scores["ensemble"][key]
+        assert alone[key] == alone["network"][key]
+        assert scores["network"][key] == pytest.approx(alone[key], rel=1e-5)
+
+
+def test_a_checkpoint_of_version_0_1_is_restored(
+    pretrained: Pretrained, both: Path, tmp_path: Path
+) -> None:
+    """There the member's parameters were stored among the batch statistics."""
+    network, step = pretrained.network, pretrained.step
+    old_stats = network.batch_stats | {"mqdf": member_params(pretrained)}
+    progress = {"step": jnp.int32(step), "batch_stats": old_stats}
+    items = {"params": network.params, "eval_batch_stats": old_stats, "progress": progress}
+    with Checkpoints(both / "checkpoints") as checkpoints:
+        metadata = checkpoints.metadata(step)
+    with Checkpoints(tmp_path / "checkpoints", 1, 1) as checkpoints:
+        checkpoints.save(step, items, metadata, {"top1": 0.5})
+    restored = load_pretrained(tmp_path).network
+    jax.tree.map(np.testing.assert_array_equal, restored.variables, network.variables)
+    like = {"params": network.params, "eval_batch_stats": network.batch_stats} | {
+        "progress": {"step": jnp.int32(0), "batch_stats": network.batch_stats},
+        "member": member_params(pretrained),
+    }
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        got = restore_items(checkpoints, step, like, replicated(network.mesh))
+    expected = items | {"eval_batch_stats": network.batch_stats, "member": old_stats["mqdf"]}
+    expected["progress"] = progress | {"batch_stats": network.batch_stats}
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
