@@ -47,5 +47,5 @@ def write_label_errors(
         predictions.candidates[worst, 0],
         predictions.probabilities[worst, 0],
         split.classes,
-        title=f"The {len(worst)} most suspicious of {len(split.labels):,}: label → answer",
+        title=f"The {len(worst)} most suspicious of {len(split.labels):,}: label → prediction",
     )

@@ -186,7 +186,7 @@ def _find_lines(parts: Parts, kept: np.ndarray, size: float, slope: float) -> li
     edges = np.flatnonzero(np.diff(inked.astype(int))).reshape(-1, 2).tolist()
     spans: list[list[int]] = []
     for start, stop in edges:
-        # Parts of one line lie apart only where all of its characters do.
+        # Parts of one line are separate only where all of its characters are.
         if spans and stop - spans[-1][0] <= 1.3 * size and start - spans[-1][1] < 0.5 * size:
             spans[-1][1] = stop
         else:

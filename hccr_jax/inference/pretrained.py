@@ -24,7 +24,7 @@ class Pretrained:
     Attributes:
       network: with the trained parameters and the batch statistics to evaluate with.
       classes: the characters, in the order of the logits.
-      config: the one asked for, with the network and the normal form of the run that trained it.
+      config: the requested one, with the network and the normal form of the run that trained it.
       step: that the weights are of.
       validation: the scores that chose the step; empty where nothing was validated.
       source: the folder of the checkpoint.
@@ -89,7 +89,7 @@ def load_pretrained(
             )
         config = (config or trained).copy_and_resolve_references()
         config.model.update(trained.model)
-        # The seed tells which labels were shuffled.
+        # The seed determines which labels were shuffled.
         kept = (*NORMAL_FORM, "label_noise", "train_split")
         config.data.update({key: trained.data[key] for key in kept})
         config.seed = trained.seed

@@ -156,7 +156,7 @@ def test_a_symbol_is_drawn(symbol: str) -> None:
     assert (bitmap < 128).mean() > 0.02
 
 
-def test_a_run_tells_what_its_rejector_is_worth(finished: Path) -> None:
+def test_a_run_reports_the_scores_of_its_rejector(finished: Path) -> None:
     results = json.loads((finished / "eval.json").read_text())["rejection"]
     assert results["images"]["fit"] > 0
     assert 0 <= results["sound_rejected"] <= 1
@@ -195,11 +195,11 @@ def test_a_picture_is_judged_by_the_rejector_of_the_run(finished: Path) -> None:
     rejector = Rejector.from_json(json.loads((finished / "rejector.json").read_text()))
     bitmap = draw("七", create_writer(5), np.random.default_rng(5))
     form = recognizer.to_normal_form(bitmap)
-    (answer,) = recognizer.judge(form[None])
-    assert answer.candidates == recognizer.classify(form[None])[0]
+    (recognition,) = recognizer.judge(form[None])
+    assert recognition.candidates == recognizer.classify(form[None])[0]
     outputs = recognizer._outputs(form[None])
     expected = rejector.p_values(rejector.scores(to_traits(*outputs)))
-    assert answer.p_value == expected[0]
+    assert recognition.p_value == expected[0]
 
 
 @pytest.fixture

@@ -89,11 +89,11 @@ def test_shrinking_does_not_alias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "size"),
+    ("count", "requested", "size"),
     [(5973, 3000, 3000), (9000, 3000, 3000), (24, 3000, 24), (50, 0, 50)],
 )
-def test_sets_have_their_sizes_and_no_image_twice(count: int, asked: int, size: int) -> None:
-    sets = distortions.draw_sets(count, asked)
+def test_sets_have_their_sizes_and_no_image_twice(count: int, requested: int, size: int) -> None:
+    sets = distortions.draw_sets(count, requested)
     assert list(sets) == ["rotation", "flip", "resize"]
     for draws in sets.values():
         assert len(np.unique(draws["row"])) == len(draws) == size

@@ -211,9 +211,11 @@ def test_a_teacher_must_see_the_same_images_and_mean_the_same_classes(
 
 
 def test_a_run_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> None:
-    asked = {"checkpoint": source, "weight": 0.25, "temperature": 3.0}
+    teacher_config = {"checkpoint": source, "weight": 0.25, "temperature": 3.0}
     job = create_training_setup(
-        parse(tiny_job, *(f"--config.teacher.{key}={value}" for key, value in asked.items())),
+        parse(
+            tiny_job, *(f"--config.teacher.{key}={value}" for key, value in teacher_config.items())
+        ),
         Timeline(),
     )
     teacher = load_pretrained(source, job.config).network
@@ -228,13 +230,13 @@ def test_a_run_learns_from_its_teacher(source: Path, tiny_job: list[str]) -> Non
     )
     inputs = jax.jit(job.augment)(augment_keys, to_float(jnp.array(images)))[..., None]
     network = job.network
-    answer, _ = jax.jit(teacher.apply)(params, batch_stats, inputs)
+    teacher_logits, _ = jax.jit(teacher.apply)(params, batch_stats, inputs)
     logits, _ = jax.jit(
         lambda x: network.apply(network.params, network.batch_stats, x, True, dropout_keys)
     )(inputs)
-    answer, logits = (np.asarray(x, np.float64) for x in (answer, logits))
+    teacher_logits, logits = (np.asarray(x, np.float64) for x in (teacher_logits, logits))
     by_label = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-    away = 9.0 * entropy(softmax(answer / 3, axis=1), softmax(logits / 3, axis=1), axis=1)
+    away = 9.0 * entropy(softmax(teacher_logits / 3, axis=1), softmax(logits / 3, axis=1), axis=1)
     assert away.mean() > 1e-3
     _, sums = job.train_chunk(job.initial, np.int32(1), chunk.arrays, *job.teacher_variables)
     np.testing.assert_allclose(sums["loss"], np.mean(0.75 * by_label + 0.25 * away), rtol=1e-4)
@@ -256,8 +258,8 @@ def test_precomputed_teacher_logits_are_of_the_teachers_own_normal_form(
 def test_precomputed_teacher_logits_are_of_the_images_as_they_are(
     source: Path, tiny_job: list[str], placement: str
 ) -> None:
-    asked = {"checkpoint": source, "precompute": True, "weight": 1.0, "temperature": 3.0}
-    flags = [f"--config.teacher.{key}={value}" for key, value in asked.items()]
+    teacher_config = {"checkpoint": source, "precompute": True, "weight": 1.0, "temperature": 3.0}
+    flags = [f"--config.teacher.{key}={value}" for key, value in teacher_config.items()]
     flags.append(f"--config.data.placement={placement}")
     job = create_training_setup(parse(tiny_job, *flags), Timeline())
     assert job.teacher_variables == ()
@@ -266,7 +268,7 @@ def test_precomputed_teacher_logits_are_of_the_images_as_they_are(
     images, labels, _ = map(np.asarray, job.batches.get_batch(chunk.arrays, 0))
     teacher = load_pretrained(source, job.config).network
     seen = to_float(jnp.array(images))[..., None]
-    answer, _ = jax.jit(teacher.apply)(teacher.params, teacher.batch_stats, seen)
+    teacher_logits, _ = jax.jit(teacher.apply)(teacher.params, teacher.batch_stats, seen)
     augment_keys, dropout_keys = (
         row_keys(0, stream, jnp.int32(0), len(labels)) for stream in (AUGMENT, DROPOUT)
     )
@@ -275,7 +277,7 @@ def test_precomputed_teacher_logits_are_of_the_images_as_they_are(
     logits, _ = jax.jit(
         lambda x: network.apply(network.params, network.batch_stats, x, True, dropout_keys)
     )(inputs)
-    answer, logits = (np.asarray(x, np.float64) / 3 for x in (answer, logits))
-    away = 9.0 * entropy(softmax(answer, axis=1), softmax(logits, axis=1), axis=1)
+    teacher_logits, logits = (np.asarray(x, np.float64) / 3 for x in (teacher_logits, logits))
+    away = 9.0 * entropy(softmax(teacher_logits, axis=1), softmax(logits, axis=1), axis=1)
     _, sums = job.train_chunk(job.initial, np.int32(1), chunk.arrays)
     np.testing.assert_allclose(sums["loss"], away.mean(), rtol=2e-3)  # logits of half precision

@@ -100,7 +100,7 @@ def test_only_training_labels_are_shuffled(tiny_job: list[str]):
         np.testing.assert_array_equal(ours.images, clean.images)
         share = 0.25 if split == "train" else 0.0
         assert (ours.labels != clean.labels).sum() == round(share * len(clean.labels))
-    # What is fed is what the job says.
+    # The batches come from the split of the setup.
     chunk = next(job.batches.chunks(0, [1]))
     images, labels = map(np.asarray, job.batches.get_batch(chunk.arrays, 0))
     for image, label in zip(images, labels, strict=True):
@@ -108,7 +108,7 @@ def test_only_training_labels_are_shuffled(tiny_job: list[str]):
         assert label in job.train.labels[same]
 
 
-def test_the_command_lists_suspects(tiny_job: list[str], tmp_path: Path):
+def test_the_command_lists_the_likeliest_label_errors(tiny_job: list[str], tmp_path: Path):
     flags = [*tiny_job, f"--workdir={tmp_path}"]
     noise = ["--config.num_steps=4", "--config.data.label_noise=0.25", "--config.seed=5"]
     assert main.main(["main", *flags, *noise]) == 0
