@@ -17,6 +17,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONGER = ("compiles", "slow", "faults", "figures")
+# Files of tests that compile too much for `-m unit`, below this folder.
+COMPILING = (
+    "bench/test_benchmark.py", "bench/test_scaling.py", "export/test_export.py",
+    "models/test_mqdf.py", "ops/test_dispatch.py", "ops/test_pallas.py", "train/test_augment.py",
+    "train/test_step.py",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,8 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as `unit` what takes no whole run, no real data and not the marks of longer tests."""
+    """Marks as `unit` what needs no whole run, no real data and little to compile."""
+    compiling = {Path(__file__).parent / name for name in COMPILING}
     for item in items:
+        if item.path in compiling:
+            item.add_marker("compiles")
         fixtures = {"tiny_job", "casia_dir"} & set(getattr(item, "fixturenames", ()))
         if not fixtures and not any(map(item.get_closest_marker, LONGER)):
             item.add_marker("unit")

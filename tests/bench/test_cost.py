@@ -112,12 +112,12 @@ def test_the_command_lists_a_network_without_pairs(capsys: pytest.CaptureFixture
         ),
         (
             ["alexnet", "--config.data.image_px=28"],
-            "config.data.image_px=28: too small for the three poolings of AlexNet behind a first "
+            "config.data.image_px=28: too small for the three poolings of AlexNet after a first "
             "stride of 2",
         ),
     ],
 )
-def test_a_wrong_request_is_told_in_one_line(
+def test_a_wrong_request_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ):
     code, out, err = run(capsys, config_flag(flags[0]), *flags[1:])

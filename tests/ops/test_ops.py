@@ -424,6 +424,7 @@ def test_networks_have_the_same_logits_without_the_kernels(tmp_path):
     np.testing.assert_allclose(without, with_kernels, atol=1e-4)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("target", "wider"), [("x86-64", ""), ("x86-64-v3", " avx512f ")])
 def test_the_kernels_of_narrower_processors_agree_with_float64(target, wider):
     """Runs the tests above in a process whose kernels are built for an earlier processor."""

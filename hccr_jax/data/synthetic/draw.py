@@ -105,6 +105,7 @@ def draw(character: str, writer: Writer, rng: np.random.Generator) -> np.ndarray
     Raises:
       InputError: the character is not of level 1.
 
+    >>> from hccr_jax.data.synthetic.writer import create_writer
     >>> bitmap = draw("永", create_writer(0), np.random.default_rng(0))
     >>> bitmap.dtype, int(bitmap.max()), bool(bitmap.min() < 150)
     (dtype('uint8'), 255, True)
