@@ -67,15 +67,14 @@ def test_local_refuses_a_wrong_number(arguments: list[str]) -> None:
 
 def test_slurm_script_starts_its_tasks(tiny_job: list[str], tmp_path: Path) -> None:
     tools, root = tmp_path / "bin", tmp_path / "root"
-    (root / ".venv" / "bin").mkdir(parents=True)
     tools.mkdir()
-    (root / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    root.mkdir()
+    (root / ".venv").symlink_to(sys.prefix)
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": ":".join(filter(None, [str(ROOT), *sys.path])),
         "JAX_NUM_CPU_DEVICES": "1",
         "SLURM_SUBMIT_DIR": str(root),
         "SLURM_JOB_ID": str(os.getpid()),
