@@ -84,7 +84,7 @@ def test_sweep_runs_all_and_names_what_failed(
     for row in rows(file):
         folder = file.parent / "runs" / f"{row['name']}-seed0"
         assert row["eval"] == json.loads((folder / "eval.json").read_text())
-        assert row["course"]["step"] == [4, 8]
+        assert row["curve"]["step"] == [4, 8]
     assert "| as it is | " in page.read_text("utf-8")
     assert "| keeps two | " in page.read_text("utf-8")
 
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_and_the_next_sweep_goes_on(
     assert f"resuming at step {checkpoint.name}\n" in capfd.readouterr().out
     (row,) = rows(file)
     assert row["seed"] == row["eval"]["seed"] == 3
-    assert row["course"]["step"] == [int(checkpoint.name) + 2]
+    assert row["curve"]["step"] == [int(checkpoint.name) + 2]
 
 
 def test_sigterm_is_passed_on(file: Path) -> None:
