@@ -20,7 +20,8 @@ EPOCHS = 8.0
 # augmentation, so that the weights move much between two validations. The paper's momentum, 0.9997,
 # looks back over 3,333 steps, an epoch of its data; here 0.99 looks back over 100, 0.6 epochs.
 NAMES = {
-    "baseline": "baseline: flips and rotation anew in every epoch, batch-norm statistics retaken",
+    "baseline": "baseline: flips and rotation drawn in every epoch, batch-norm statistics "
+    "re-estimated",
     "Augmentation stored": {
         "once": "drawn once for each image and stored",
         "none": "no augmentation",
@@ -44,7 +45,7 @@ NAMES = {
     },
     "Resize": {"resize": "with resize"},
     "Collapse": {
-        "retaken": "statistics retaken before each validation",
+        "retaken": "statistics re-estimated before each validation",
         "average_9997": "plain averages, momentum 0.9997",
         "average_99": "plain averages, momentum 0.99",
         "average_9": "plain averages, momentum 0.9",

@@ -36,7 +36,7 @@ NAMES = {
         "no_smoothing": "no label smoothing",
         "noise_rate": "loss that bears wrong labels, noise rate 0.5",
         "teacher": "distillation from hwdb100 in full",
-        "teacher_once": "distillation from hwdb100 in full, asked once",
+        "teacher_once": "distillation from hwdb100 in full, logits precomputed",
         "no_dropout": "no dropout",
     },
     "Augmentation": {
@@ -65,7 +65,7 @@ NAMES = {
         "strokes_adaptive": "starting from simulated writers, adaptive normal form",
         "mix": "simulated writers among the training data",
         "views": "five views at test time",
-        "mqdf": "MQDF beside the network",
+        "mqdf": "ensembled with MQDF",
     },
 }
 
