@@ -20,8 +20,8 @@ LONGER = ("compiles", "slow", "faults", "figures")
 # Files of tests that compile too much for `-m unit`, below this folder.
 COMPILING = (
     "bench/test_benchmark.py", "bench/test_scaling.py", "export/test_export.py",
-    "models/test_mqdf.py", "ops/test_dispatch.py", "ops/test_pallas.py", "train/test_augment.py",
-    "train/test_step.py",
+    "models/test_models.py", "models/test_mqdf.py", "ops/test_dispatch.py", "ops/test_ops.py",
+    "ops/test_pallas.py", "train/test_augment.py", "train/test_step.py",
 )  # fmt: skip
 
 
@@ -63,8 +63,10 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from jax.experimental.compilation_cache import compilation_cache
 
     root = tmp_path_factory.mktemp("tiny_job")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
-    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    base = tmp_path_factory.getbasetemp()  # of all processes of the suite, the one above
+    compiled = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
     compilation_cache.reset_cache()
     config = {
         "num_steps": 8,

@@ -65,6 +65,7 @@ def test_local_refuses_a_wrong_number(arguments: list[str]) -> None:
     assert "-n" in done.stderr
 
 
+@pytest.mark.slow
 def test_slurm_script_starts_its_tasks(tiny_job: list[str], tmp_path: Path) -> None:
     tools, root = tmp_path / "bin", tmp_path / "root"
     tools.mkdir()

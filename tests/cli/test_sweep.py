@@ -117,6 +117,7 @@ def stop(file: Path, number: signal.Signals, *, group: bool) -> int:
         process.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_next_sweep_goes_on(
     file: Path, tiny_job: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from runs import ROOT, assert_same_checkpoint, finish, rows, start_group
 STRICT = ["--config.strict_determinism=True", "--config.batch_size=16"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_to_the_bit(
     tiny_job: list[str], tmp_path: Path, train: Callable[..., Path]
 ) -> None:

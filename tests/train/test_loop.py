@@ -202,6 +202,7 @@ def test_neither_placement_nor_the_ends_of_chunks_change_a_bit(
     assert means[0]["train/loss"] == pytest.approx(np.mean(every[:4]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_momentum_and_average_bit_for_bit(train: Train) -> None:
     flags = "--config.optimizer.name=muon", "--config.optimizer.average_decay=0.3"
     unbroken, resumed = train(5, *flags, *EVERY_STEP), train(3, *flags)
@@ -240,6 +241,7 @@ def test_sigterm_saves_the_current_step(tiny_job: list[str], tmp_path: Path, tra
     assert_same_checkpoint(tmp_path, train(step + 2, *never), step + 2)
 
 
+@pytest.mark.slow
 def test_sigkill_costs_only_the_steps_since_the_last_save(
     tiny_job: list[str], tmp_path: Path, train: Train, finished: Path
 ) -> None:
