@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "hccr_jax"
 # see one another. Modules at the top of the package stand here by their names.
 LEVELS = (
     ("errors", "ops", "metrics"),
+    ("paths",),
     ("runtime", "models", "data.casia"),
     ("config", "data.images", "data.synthetic"),
     ("data",),

@@ -3,7 +3,6 @@
 import collections
 import csv
 import hashlib
-import os
 import re
 import unicodedata
 import zlib
@@ -20,6 +19,7 @@ from hccr_jax.data.casia.gnt import OnFault
 from hccr_jax.data.images import ink
 from hccr_jax.data.images.files import open_pictures
 from hccr_jax.errors import InputError, shorten
+from hccr_jax.paths import shown, walk
 
 UNKNOWN_WRITER = "unknown"
 SPLITS = ("train", "validation", "test")
@@ -107,8 +107,8 @@ def read_bitmap(member: Member) -> np.ndarray:
     file = member.path / member.name
     picture = next(open_pictures(file))
     if picture.record is not None:
-        raise InputError(f"{file}: a GNT file, not a picture: give it in --archives")
-    return ink.to_bitmap(picture.grey, str(file))
+        raise InputError(f"{shown(file)}: a GNT file, not a picture: give it in --archives")
+    return ink.to_bitmap(picture.grey, shown(file))
 
 
 def read_charset(argument: str) -> tuple[str, ...]:
@@ -173,21 +173,22 @@ def _is_character(character: str) -> bool:
 
 
 def _walk(root: Path, faults: list[str], on_skip: OnFault) -> Iterator[_Picture]:
-    def stop(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    for folder, folders, files in os.walk(root, onerror=stop):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        place = Path(folder)
-        parts = place.relative_to(root).parts
+    for folder, files in walk(root):
+        place = folder.relative_to(root)
+        parts = place.parts
+        if shown(place) != str(place):  # 一 in GBK is һ in UTF-8: reading GBK would be a guess
+            raise InputError(
+                f"{shown(folder)}: a name that is not UTF-8, perhaps GBK: rename all folders, for "
+                f"example by `convmv -f gbk -t utf-8 -r --notest {shown(root)}`"
+            )
         character = parse_character(parts[-1]) if parts else None
         split = next(filter(None, map(_split, parts[:-1])), "")
-        for name in sorted(files):
-            file = place / name
-            if Path(name).suffix.lower() not in _SUFFIXES or name.startswith("."):
+        for name in files:
+            file = folder / name
+            if Path(name).suffix.lower() not in _SUFFIXES:
                 on_skip("neither a .png nor a .jpg file", file.lstat().st_size)
             elif character is None:
-                faults.append(f"{file}: its folder is not named by a character")
+                faults.append(f"{shown(file)}: its folder is not named by a character")
             else:
                 yield _Picture(str(file.relative_to(root)), character, "", split)
 

@@ -21,6 +21,7 @@ from hccr_jax.data.casia.zip_entries import (
     shown_name,
 )
 from hccr_jax.errors import InputError
+from hccr_jax.paths import shown, walk
 
 # Source: the official download page, archives under the names in use since 2020.
 OFFICIAL_MD5 = {
@@ -58,12 +59,12 @@ class Member:
     @property
     def archive(self) -> str:
         """The file name of the zip, or the name of the folder around a single file."""
-        return self.path.name if self.name else self.path.parent.name
+        return shown(self.path.name if self.name else self.path.parent.name)
 
     @property
     def source(self) -> str:
         """Archive and member name, as stored with every record and shown in messages."""
-        return f"{self.archive}/{self.name or self.path.name}"
+        return f"{self.archive}/{shown(self.name or self.path.name)}"
 
 
 def list_members(paths: Sequence[str | Path], on_fault: gnt.OnFault | None = None) -> list[Member]:
@@ -181,20 +182,13 @@ def _files(path: Path) -> Iterator[tuple[Path, Path]]:
     if path.is_file():
         yield path.absolute().parent, path.absolute()
         return
-
-    def stop(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    for folder, folders, files in os.walk(path.absolute(), onerror=stop):
-        folders.sort()
-        for name in sorted(files):
+    for folder, names in walk(path.absolute()):
+        for name in names:
             if Path(name).suffix.lower() in (".zip", ".gnt", ".alz"):
-                yield path.absolute(), Path(folder, name)
+                yield path.absolute(), folder / name
 
 
 def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> list[Member]:
-    if not file.is_file():
-        raise InputError(f"{file}: not a file, or a broken link")
     if not os.access(file, os.R_OK):
         raise InputError(f"{file}: cannot be read: permission denied")
     if has_control_characters(f"{file.parent.name}/{file.name}"):

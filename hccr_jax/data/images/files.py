@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from hccr_jax.data.casia import charset, gnt
 from hccr_jax.data.images.normalize import PAPER
 from hccr_jax.errors import InputError
+from hccr_jax.paths import shown
 
 MAX_PIXELS = 40_000_000  # of a picture; above that it is not decoded
 MAX_BYTES = 1 << 28
@@ -119,9 +120,9 @@ def open_pictures(path: Path) -> Iterator[Picture]:
     """
     try:
         with path.open("rb") as stream:
-            yield from read_pictures(stream, str(path))
+            yield from read_pictures(stream, shown(path))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        raise InputError(f"{shown(path)}: {error.strerror or error}") from error
 
 
 def _is_gnt(head: bytes) -> bool:
