@@ -8,10 +8,10 @@ Examples:
   hccr predict --checkpoint=runs/v2 folder/ --reject_at=0.01 --time
   hccr predict --checkpoint=runs/v2 --page page.jpg --annotate=page_read.png
 
-Reads PNG, JPEG and GNT files, folders of them, and "-" for what comes on stdin. A picture shows one
-character, dark on light or light on dark, of any size and colour; with --page, lines of characters
-that do not touch. Prints one JSON object a line for each picture, GNT record or page. An unreadable
-picture is reported on stderr, and the others are still read.
+Reads PNG, JPEG, BMP, TIFF, WebP and GNT files, folders of them, and "-" for what comes on stdin. A
+picture shows one character, dark on light or light on dark, of any size and colour; with --page,
+lines of characters that do not touch. Prints one JSON object a line for each picture, GNT record or
+page. An unreadable picture is reported on stderr, and the others are still read.
 
 With --reject_at, anything crossed out, outside the class list or scrawled is marked as rejected.
 p_value is the share of properly written characters that look less like a character:
@@ -37,7 +37,6 @@ from hccr_jax.errors import InputError
 from hccr_jax.runtime.startup import prepare_process
 
 TAKES_ARGUMENTS = True
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gnt")
 TIMED = 20  # repetitions
 
 
@@ -149,14 +148,17 @@ def _check(values: SimpleNamespace) -> list[str]:
 
 def _find_files(name: str) -> list[str]:
     """Returns a file, or those of a folder."""
+    from hccr_jax.data.images.files import SUFFIXES
+
     path = Path(name)
     if name != "-" and not path.exists():
         raise InputError(f"{name}: no such file or folder")
     if not path.is_dir():
         return [name]
-    files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    known = (*SUFFIXES, ".gnt")
+    files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
     if not files:
-        raise InputError(f"{name}: no file in this folder ends with {', '.join(SUFFIXES)}")
+        raise InputError(f"{name}: no file in this folder ends with {', '.join(known)}")
     return files
 
 

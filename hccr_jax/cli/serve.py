@@ -9,7 +9,7 @@ The page is one file and needs no network but this server. For a page that recog
 and needs no server, see launch/build_demo.sh. Ctrl-C ends it.
 
 For other programs: POST /recognize takes strokes, as application/json a list of strokes of points
-[x, y], or the bytes of a PNG or JPEG file, and returns JSON with `candidates` and `milliseconds`,
+[x, y], or the bytes of a picture file, and returns JSON with `candidates` and `milliseconds`,
 or with `error`: its `code` and `message`.
 
 Exit codes: 0 ended, 1 the address is not available, 2 wrong request.

@@ -139,7 +139,7 @@ class Recognizer:
         """Returns a picture of one character in normal form, uint8 (S, S), ink high.
 
         Args:
-          picture: a PNG or JPEG file, or an argument of `files.to_grey`; dark on light or light
+          picture: a picture file, or an argument of `files.to_grey`; dark on light or light
             on dark, of any size, colour and illumination.
 
         Raises:

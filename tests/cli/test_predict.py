@@ -359,7 +359,7 @@ def huge() -> bytes:
 
 GOOD = save(Image.fromarray(on_paper(write("万"))), format="PNG")
 BAD = {
-    "text.png": (b"This is no picture.", "neither a PNG, a JPEG nor a GNT file"),
+    "text.png": (b"This is no picture.", "no PNG, JPEG, BMP, TIFF or WebP and no GNT file"),
     "truncated.png": (GOOD[: len(GOOD) // 2], "damaged: "),
     "truncated.jpg": (VARIANTS["JPEG"](on_paper(write("万")))[:700], "damaged: "),
     "head.png": (GOOD[:20], "damaged: "),
@@ -410,7 +410,8 @@ def test_damaged_bytes_are_read_or_refused(kind: str):
         (["--checkpoint=none", "none.png"], "none.png: no such file or folder"),
         (
             ["--checkpoint=none", "EMPTY"],
-            "EMPTY: no file in this folder ends with .png, .jpg, .jpeg, .gnt",
+            "EMPTY: no file in this folder ends with "
+            ".png, .jpg, .jpeg, .bmp, .tif, .tiff, .webp, .gnt",
         ),
         (
             ["--checkpoint=none", "--annotate=a.png", "-"],

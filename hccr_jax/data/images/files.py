@@ -19,10 +19,20 @@ from hccr_jax.data.images.normalize import PAPER
 from hccr_jax.errors import InputError
 from hccr_jax.paths import shown
 
-MAX_PIXELS = 40_000_000  # of a picture; above that it is not decoded
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of picture files
+KINDS = "PNG, JPEG, BMP, TIFF or WebP"
+MAX_PIXELS = 1 << 26  # of a picture; above that it is not decoded
 MAX_BYTES = 1 << 28
+WHITE_INK = 200  # above this grey value, ink without paper is white
 
-_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
+_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"RIFF": "WEBP",
+}
 
 
 class Picture(NamedTuple):
@@ -40,7 +50,7 @@ class Picture(NamedTuple):
 
 
 def read_pictures(stream: BinaryIO, name: str) -> Iterator[Picture]:
-    """Yields the picture of a PNG or JPEG file, or those of a GNT file.
+    """Yields the picture of a file of one of `KINDS`, or those of a GNT file.
 
     Args:
       stream: the file, opened to read bytes; need not be seekable.
@@ -51,21 +61,23 @@ def read_pictures(stream: BinaryIO, name: str) -> Iterator[Picture]:
     """
     head = stream.read(gnt.HEADER.size)
     kind = next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), "")
-    if kind:
+    if _is_gnt(head):
+        records = gnt.read_records(_Rejoined(head, stream), name)  # type: ignore[arg-type]
+        for number, record in enumerate(records):
+            yield Picture(record.bitmap, number, charset.tag_to_character(record.tag))
+    elif kind:
         data = head + stream.read(MAX_BYTES)
         if len(data) > MAX_BYTES:
             raise InputError(f"{name}: more than {MAX_BYTES >> 20} MiB")
         yield Picture(_decode(data, kind, name))
-    elif _is_gnt(head):
-        records = gnt.read_records(_Rejoined(head, stream), name)  # type: ignore[arg-type]
-        for number, record in enumerate(records):
-            yield Picture(record.bitmap, number, charset.tag_to_character(record.tag))
     else:
-        raise InputError(f"{name}: {'neither a PNG, a JPEG nor a GNT file' if head else 'empty'}")
+        raise InputError(f"{name}: {f'no {KINDS} and no GNT file' if head else 'empty'}")
 
 
 def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
     """Returns a picture as grey values, composited on white where it is transparent.
+
+    White ink is composited on black.
 
     Args:
       image: of Pillow, in any mode, rotated by its EXIF data; or an array (H, W), (H, W, 1), or
@@ -86,14 +98,29 @@ def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
     _check_size(image.size, name)
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits
-            return (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+        if image.mode[0] in "IF":
+            return _to_8_bits(np.asarray(image))
         if image.has_transparency_data:
             grey, alpha = image.convert("RGBA").convert("LA").split()
-            return np.asarray(Image.composite(grey, Image.new("L", grey.size, PAPER), alpha))
+            ground = _ground(np.asarray(grey)[np.asarray(alpha) > 127])
+            return np.asarray(Image.composite(grey, Image.new("L", grey.size, ground), alpha))
         return np.asarray(image.convert("L"))
     except (OSError, ValueError, SyntaxError, struct.error, KeyError) as error:
         raise _damaged(name, error) from error
+
+
+def _ground(opaque: np.ndarray) -> int:
+    """Returns the grey value under a transparent picture by those of its opaque pixels."""
+    return 0 if opaque.size and opaque.min() > WHITE_INK else PAPER
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Returns values of 16 or 32 bits, or floats, as uint8 of the smallest range they fit into."""
+    values = np.maximum(np.nan_to_num(values.astype(np.float32)), 0.0)
+    largest = float(values.max())
+    ranges = (255.0, 65535.0, largest) if largest > 1 else (max(largest, 1.0),)
+    limit = next(limit for limit in ranges if largest <= limit)
+    return np.rint(values * (PAPER / limit)).astype(np.uint8)
 
 
 class _Rejoined:
@@ -140,10 +167,15 @@ def _decode(data: bytes, kind: str, name: str) -> np.ndarray:
             )  # of sizes that are refused below, and of unusual metadata
             image = Image.open(io.BytesIO(data), formats=[kind])
             _check_size(image.size, name)
+            pages = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
+            if pages > 1:
+                raise InputError(f"{name}: {pages} pages: save each as a file")
             image.load()
             return to_grey(image, name)
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: more than {MAX_PIXELS // 10**6} million pixels") from error
+        raise InputError(
+            f"{name}: more than {MAX_PIXELS // 10**6} million pixels: reduce it"
+        ) from error
     except InputError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
@@ -160,7 +192,8 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         raise InputError(f"{name}: {width} × {height} pixels: empty")
     if width * height > MAX_PIXELS:
         raise InputError(
-            f"{name}: {width} × {height} pixels: at most {MAX_PIXELS // 10**6} million are read"
+            f"{name}: {width} × {height} pixels: at most {MAX_PIXELS // 10**6} million are read: "
+            f"reduce it"
         )
 
 
