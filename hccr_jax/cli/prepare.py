@@ -94,7 +94,7 @@ def run(values: SimpleNamespace) -> None:
 
 
 def _summary(prepared: Any, seconds: float) -> str:
-    from hccr_jax.data import labelled_images
+    from hccr_jax.data.casia.divisions import UNKNOWN_WRITER
 
     manifest = prepared.manifest
     done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
@@ -103,9 +103,13 @@ def _summary(prepared: Any, seconds: float) -> str:
     lines = [f"{prepared.folder}: {done}"]
     for split, count in manifest["characters_per_split"].items():
         names = manifest["characters_per_writer"][split]
-        writers = "unknown" if labelled_images.UNKNOWN_WRITER in names else f"{len(names)}"
+        writers = "unknown" if UNKNOWN_WRITER in names else f"{len(names)}"
         classes = len(manifest["characters_per_class"][split])
         lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
+    if manifest.get("validation_by_record"):
+        lines.append(
+            "  validation is a tenth of each class: there are no two training writers to divide"
+        )
     for reason, skipped in manifest["skipped"].items():
         lines.append(f"  passed over {skipped['count']:,} ({skipped['bytes']:,} bytes): {reason}")
     if missing := manifest.get("not_trained"):

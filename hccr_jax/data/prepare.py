@@ -15,7 +15,10 @@ from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.archives import Member, fingerprint, list_members
 from hccr_jax.data.casia.gnt import OnFault
 from hccr_jax.data.synthetic.archives import write_gnt_archives
-from hccr_jax.errors import InputError
+from hccr_jax.errors import InputError, shorten
+from hccr_jax.paths import shown
+
+_SHOWN_COPIES = 5
 
 
 class Prepared(NamedTuple):
@@ -52,10 +55,13 @@ def prepare(
       characters: the charset; by default level 1 for archives, and all characters of pictures.
 
     Raises:
-      InputError: an argument, an archive or a record is wrong, or other archives were used before.
+      InputError: an argument, an archive or a record is wrong, two splits have a file in common, or
+        other archives were used before.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise InputError(f"name={name!r}: use lower-case letters, digits and underscores")
+        raise InputError(
+            f"name={name!r}: use lower-case letters, digits and underscores, a letter first"
+        )
     skipped: collections.Counter[Any] = collections.Counter()
     skips, faults = on_error == "skip", list[str]()
 
@@ -67,6 +73,7 @@ def prepare(
         characters = characters or sorted({member.character for member in members})
     else:
         members = _list_members(archives, test_archives, skip if skips else None)
+    members = drop_copies(members, skips, skip)
     folder = store.dataset_folder(name, data_dir)
     with store.exclusive(Path(data_dir, f".{name}.lock")):
         if folder.exists() and not overwrite:
@@ -99,6 +106,38 @@ def _list_members(
     return [dataclasses.replace(member, split="train") for member in train] + [
         dataclasses.replace(member, split="test") for member in test
     ]
+
+
+def drop_copies(members: Sequence[Member], skips: bool, on_skip: OnFault) -> list[Member]:
+    """Returns the members without files of the same content; those of test and validation stay.
+
+    Raises:
+      InputError: one is in two splits, unless `skips`.
+    """
+    first: dict[tuple[int, int, str], Member] = {}
+    copies, leaks = set[int](), list[str]()
+    for index in sorted(range(len(members)), key=lambda i: members[i].split == "train"):
+        member = members[index]
+        same = first.setdefault((member.num_bytes, member.crc32, member.digest), member)
+        if same is member or not member.num_bytes:
+            continue
+        copies.add(index)
+        if same.split == member.split:
+            on_skip("copy of another file", member.num_bytes)
+        else:
+            on_skip("copy of a file of another split", member.num_bytes)
+            leaks.append(f"{_place(member)} ({member.split}) and {_place(same)} ({same.split})")
+    if leaks and not skips:
+        raise InputError(
+            f"the same content in two splits, which must have none in common: "
+            f"{shorten(leaks, limit=_SHOWN_COPIES)}: remove one of each; --on_error=skip leaves "
+            f"it out of train"
+        )
+    return [member for index, member in enumerate(members) if index not in copies]
+
+
+def _place(member: Member) -> str:
+    return shown(member.path / member.name)
 
 
 def _build(data_dir: str | Path, name: str, *options: Any) -> None:

@@ -23,6 +23,7 @@ from hccr_jax.runtime.worker_pool import Advance
 
 # Small enough to keep all cores busy on a small set, large enough that the full one has few files.
 _SHARD_BYTES = 24 << 20
+_VALIDATION_PERIOD = 10
 
 Counts = collections.Counter[Any]
 
@@ -56,6 +57,8 @@ class Task:
       classes: the characters to keep.
       skip_faults: count damaged records and go on, instead of raising InputError.
       characters: the data set's charset; none for level 1.
+      by_record: train and validation are of the same members: each class's second record and every
+        tenth after it are for validation.
     """
 
     split: str
@@ -65,6 +68,7 @@ class Task:
     classes: frozenset[str]
     skip_faults: bool
     characters: tuple[str, ...] = ()
+    by_record: bool = False
 
 
 @dataclasses.dataclass
@@ -75,6 +79,7 @@ class Shard:
       characters: counted by (archive, writer, character).
       skipped: records left out, counted by (reason, "count" or "bytes").
       faults: a line for each unusable picture among them.
+      swapped: records whose tag would be of the charset if its two bytes were swapped.
     """
 
     split: str
@@ -84,6 +89,7 @@ class Shard:
     characters: Counts = dataclasses.field(default_factory=Counts)
     skipped: Counts = dataclasses.field(default_factory=Counts)
     faults: list[str] = dataclasses.field(default_factory=list)
+    swapped: int = 0
 
     def skip(self, reason: str, num_bytes: int) -> None:
         """Counts a record that is left out."""
@@ -121,14 +127,18 @@ def write_shard(task: Task, advance: Advance) -> Shard:
             done = end
         advance(member.num_bytes - done)
     writer.close()
+    if task.by_record and task.split == "validation":
+        shard.skipped.clear()  # counted with the training records
+        shard.swapped = 0
     return shard
 
 
 def _examples(member: Member, task: Task, shard: Shard) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields (example, end of its record in the member); counts the kept and the skipped."""
-    place = _place(task.characters)
+    place, seen = _place(task.characters), Counts()
     for number, (character, record, end) in enumerate(_records(member, task, shard)):
         num_bytes = end - record.offset
+        shard.swapped += charset.tag_to_character(record.tag[::-1]) in place
         if character is None and task.skip_faults:
             shard.skip("unknown tag", num_bytes)
         elif character is None:
@@ -141,6 +151,8 @@ def _examples(member: Member, task: Task, shard: Shard) -> Iterator[tuple[dict[s
             shard.skip(kind, num_bytes)
         elif character not in task.classes:
             shard.skip("class without training characters", num_bytes)
+        elif task.by_record and _validates(seen, character) != (task.split == "validation"):
+            continue
         else:
             shard.characters[member.archive, member.writer, character] += 1
             example = {
@@ -152,6 +164,12 @@ def _examples(member: Member, task: Task, shard: Shard) -> Iterator[tuple[dict[s
                 "record": number,
             }
             yield example, end
+
+
+def _validates(seen: Counts, character: str) -> bool:
+    """Counts a record of a class; returns whether it is for validation, if records are divided."""
+    seen[character] += 1
+    return seen[character] % _VALIDATION_PERIOD == 2
 
 
 def _records(

@@ -15,6 +15,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from hccr_jax.data import labelled_images, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.archives import Member, divide, fingerprint
+from hccr_jax.data.casia.divisions import UNKNOWN_WRITER
 from hccr_jax.data.shards import Counts, Shard, Task, features, group_members, write_shard
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.runtime.worker_pool import WorkerPool
@@ -24,6 +25,8 @@ from hccr_jax.runtime.worker_pool import WorkerPool
 _UNUSUAL_PART = 1 / 3
 _UNUSUAL_COUNT = 3
 _SHOWN_DOUBTS = 3
+# The archives with symbols have 171 classes beside the 3,755.
+_USUAL_FOREIGN_PART = 0.1
 
 
 class CasiaHwdb(FileReaderBuilder):
@@ -79,6 +82,10 @@ class CasiaHwdb(FileReaderBuilder):
         """Writes the shards and the manifest into the temporary folder that TFDS then renames."""
         del dl_manager, download_config
         members = divide(self._members)
+        # One writer cannot be divided, and several in one file cannot be told apart.
+        self._by_record = not members["validation"] and not any(m.character for m in self._members)
+        if self._by_record:
+            members["validation"] = members["train"]
         with WorkerPool() as pool:
             classes = frozenset(self._characters or charset.level1())
             shards = self._write(pool, members, ["train"], classes)
@@ -89,6 +96,8 @@ class CasiaHwdb(FileReaderBuilder):
         self.info.set_splits(tfds.core.SplitDict([split for split in splits if split]))
         manifest = _manifest(self._members, shards, self._skipped, self._characters)
         manifest["faults"] = self._faults
+        if self._by_record and "validation" in manifest["characters_per_split"]:
+            manifest["validation_by_record"] = True
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
         Path(self.data_dir, store.MANIFEST).write_text(text, "utf-8")
 
@@ -97,12 +106,18 @@ class CasiaHwdb(FileReaderBuilder):
         self._faults += [fault for shard in shards for fault in shard.faults]
         if not self._skip_faults:
             labelled_images.check_faults(self._faults)
+        archives = shorten(sorted({member.archive for member in self._members}), ", ")
         if not trained:
-            archives = ", ".join(sorted({member.archive for member in self._members}))
             kind = "character of the charset" if self._characters else "level-1 character"
+            if any(shard.swapped for shard in shards if shard.split == "train"):
+                hint = "are the two bytes of each tag swapped? CASIA has the high byte first"
+            else:
+                hint = "the archives of the training writers are needed"
+            raise InputError(f"{archives}: no {kind} of a training writer: {hint}")
+        if len(trained) < 2:
             raise InputError(
-                f"{archives}: no {kind} of a training writer: the archives of the "
-                f"training writers are needed"
+                f"{archives}: {next(iter(trained))} is the only character with training images: "
+                f"at least two are needed to tell one from the other"
             )
 
     def _write(
@@ -113,7 +128,16 @@ class CasiaHwdb(FileReaderBuilder):
         classes: frozenset[str],
     ) -> list[Shard]:
         tasks = [
-            Task(split, self.data_dir, number, group, classes, self._skip_faults, self._characters)
+            Task(
+                split=split,
+                folder=self.data_dir,
+                number=number,
+                members=group,
+                classes=classes,
+                skip_faults=self._skip_faults,
+                characters=self._characters,
+                by_record=self._by_record and split != "test",
+            )
             for split in splits
             for number, group in enumerate(group_members(members[split]))
         ]
@@ -185,7 +209,9 @@ def _manifest(
             for (reason, unit), count in sorted(skipped.items())
             if unit == "count"
         },
-        "doubts": [] if any(member.character for member in members) else _doubts(shards, ordered),
+        "doubts": []
+        if any(member.character for member in members)
+        else _doubts(shards, ordered) + _doubts_of_tags(shards, skipped),
         "not_trained": [c for c in characters if c not in ordered["train"]],
     }
 
@@ -196,7 +222,7 @@ def _doubts(shards: Sequence[Shard], classes: dict[str, dict[str, int]]) -> list
         {
             f"{character} {count} times by writer {writer}": count
             for (_, writer, character), count in sorted(_characters(shards).items())
-            if count > 1
+            if count > 1 and writer != UNKNOWN_WRITER
         }
     )
     doubts = []
@@ -212,6 +238,22 @@ def _doubts(shards: Sequence[Shard], classes: dict[str, dict[str, int]]) -> list
         if distance:
             message = f"classes of unusual size in {split}, where the median has {usual:g}"
             doubts.append(f"{message}: {_most_common(Counts(distance))}")
+    return doubts
+
+
+def _doubts_of_tags(shards: Sequence[Shard], skipped: Counts) -> list[str]:
+    """Returns lines on tags that may be of another encoding; all of them are readable."""
+    doubts = []
+    kept, swapped = sum(shard.num_records for shard in shards), sum(s.swapped for s in shards)
+    foreign = skipped["not a level-1 character", "count"]
+    if foreign > _USUAL_FOREIGN_PART * (kept + foreign):
+        doubts.append(f"{foreign:,} of {kept + foreign:,} are of no level-1 character")
+    # The tag of 43 level-1 characters of 100 is another's when its bytes are swapped.
+    if swapped > kept:
+        doubts.append(
+            f"{kept:,} are of the charset, but {swapped:,} if their two bytes were swapped: CASIA "
+            f"has the high byte first"
+        )
     return doubts
 
 

@@ -70,9 +70,7 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     loaded = splits.load_split("mine", tmp_path / "data", "train", 32, 2)
     for row, source in enumerate(loaded.sources):
         file = tmp_path / source
-        assert (
-            labelled_images.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
-        )
+        assert charset.parse_character(file.parent.name) == loaded.classes[loaded.labels[row]]
         exact = normalize(ink.to_bitmap(np.asarray(Image.open(file))), 32, 2)
         np.testing.assert_array_equal(loaded.images[row], exact)
 
@@ -142,7 +140,7 @@ def test_a_csv_file_may_give_the_split(tmp_path: Path) -> None:
     rows = [["character", "split", "path"]]
     for number, split in enumerate(given):
         save(tmp_path / f"{number}.png", picture(number))
-        rows.append(["U+4E01", split, f"{number}.png"])
+        rows.append([("U+4E01", "一")[number % 2], split, f"{number}.png"])
     table = write_csv(tmp_path / "table.csv", rows)
     manifest = prepare([], tmp_path / "data", "mine", pictures=table).manifest
     assert manifest["characters_per_split"] == {"train": 4, "validation": 1, "test": 1}

@@ -269,8 +269,10 @@ def test_a_kill_in_the_middle_leaves_nothing_loadable(tmp_path: Path) -> None:
     folder = tmp_path / "Train"
     folder.mkdir()
     record = struct.pack("<I2sHH", 10 + 4096, b"\xb0\xa1", 64, 64) + bytes(range(256)) * 16
+    other = record[:4] + b"\xb0\xa2" + record[6:]
     for writer in range(8):
-        (folder / f"{writer}.gnt").write_bytes(record * 2500)
+        data = record * (2000 + writer) + other * (500 - writer)
+        (folder / f"{writer}.gnt").write_bytes(data)
     command = [
         *(sys.executable, "-m", "hccr_jax", "prepare", f"--archives={folder}"),
         f"--data_dir={tmp_path / 'data'}",

@@ -1,6 +1,7 @@
 """Folders as people have them: links, hidden files, other encodings, splits by any name."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from hccr_jax.cli.command import main
 from hccr_jax.data import labelled_images, splits, store
 from hccr_jax.data.casia import archives
 from hccr_jax.data.casia.archives import Member
-from hccr_jax.data.prepare import prepare
+from hccr_jax.data.casia.divisions import split_of
+from hccr_jax.data.prepare import drop_copies, prepare
 from hccr_jax.errors import InputError
 from hccr_jax.paths import walk
 
@@ -78,21 +80,18 @@ def test_a_broken_link_is_named(name: str, tmp_path: Path) -> None:
             read(tmp_path / "mine")
 
 
-def test_what_macos_adds_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_macos_adds_is_left_out(tmp_path: Path) -> None:
     for place in ("Train/1001-c", "Train/1002-c", "Test/1241-c"):
         number = int(place[-6:-2])
         write_gnt(tmp_path / "casia" / f"{place}.gnt", member(number, "一丁"))
         folder, _, name = place.partition("/")
         write_gnt(tmp_path / "casia" / folder / f"._{name}.gnt", b"\0\5\x16\7\0\2\0\0Mac OS X")
     write_gnt(tmp_path / "casia" / "__MACOSX" / "Train" / "._1001-c.gnt", b"\0\5\x16\7")
-    for on_error in ("stop", "skip"):
-        flags = [f"--archives={tmp_path / 'casia'}", f"--data_dir={tmp_path / on_error}"]
-        assert main(["prepare", *flags, f"--on_error={on_error}"]) == 0
-        manifest = store.read_manifest("casia_hwdb", tmp_path / on_error)
-        writers = manifest["characters_per_writer"]
-        assert sorted([*writers["train"], *writers["validation"]]) == ["1001", "1002"]
-        assert manifest["skipped"] == {}
-        capsys.readouterr()
+    assert len(archives.list_members([tmp_path / "casia"])) == 3
+    made = prepare([tmp_path / "casia"], tmp_path / "data", on_error="skip")
+    writers = made.manifest["characters_per_writer"]
+    assert sorted([*writers["train"], *writers["validation"]]) == ["1001", "1002"]
+    assert made.manifest["skipped"] == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
@@ -135,3 +134,145 @@ def test_an_unusable_picture_of_a_gbk_name_is_named(
     assert main(["prepare", *flags, "--on_error=skip"]) == 0
     (fault,) = store.read_manifest("mine", tmp_path / "data")["faults"]
     assert "永/戊.png: damaged" in fault
+
+
+SPLIT_NAMES = {
+    "train": [
+        *("train", "Train", "TRAIN", "training", "trn", "trainset", "TrainSet", "train_data"),
+        *("traindata", "training_set", "HWDB1.1trn_gnt_P1", "Gnt1.1TrainPart1", "my_train"),
+        *("1.1train-gb1", "train-images", "训练集", "手写训练数据", "訓練"),
+    ],
+    "test": [
+        *("test", "Tests", "tst", "testset", "test_data", "testing", "HWDB1.1tst_gnt"),
+        *("Gnt1.1Test", "testImages", "competition-gnt", "测试集", "測試"),
+    ],
+    "validation": ["val", "Valid", "validation", "val_data", "valset", "验证集", "驗證"],
+    "": [
+        *("latest", "contest", "attest", "protest", "testudo", "testimony", "tested", "trainer"),
+        *("trained", "restrain", "strain", "constraint", "evaluation", "value", "interval"),
+        *("invalid", "train_test_split", "dev", "验", "训", "HWDB1.1", ""),
+    ],
+}
+
+
+@pytest.mark.parametrize("split", SPLIT_NAMES)
+def test_names_of_splits(split: str) -> None:
+    assert {name: split_of(name) for name in SPLIT_NAMES[split]} == dict.fromkeys(
+        SPLIT_NAMES[split], split
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        *(("trn", "tst"), ("HWDB1.1trn_gnt", "HWDB1.1tst_gnt"), ("train_data", "test_data")),
+        *(("trainset", "testset"), ("训练集", "测试集"), ("Training", "Testing")),
+        *(("wrapper/Train", "wrapper/Test"), ("train/writer1", "writer2/test")),
+        ("testdata/train", "testdata/test"),
+    ],
+)
+def test_split_folders_under_other_names(train: str, test: str, tmp_path: Path) -> None:
+    for number in range(4):
+        save(tmp_path / "mine" / train / "丘" / f"{number}.png", picture(number))
+        save(tmp_path / "mine" / test / "丘" / f"{number}.png", picture(10 + number))
+    found = pictures_in(tmp_path / "mine")
+    assert {m.name for m in found if m.split == "test"} == {f"{test}/丘/{n}.png" for n in range(4)}
+    assert {m.split for m in found} == {"train", "validation", "test"}
+    rows = [f"{member.name},{member.character}\n" for member in found]
+    (tmp_path / "mine" / "list.csv").write_text("path,character\n" + "".join(rows))
+    of_table = pictures_in(tmp_path / "mine" / "list.csv")
+    assert [(m.name, m.split) for m in of_table] == [(m.name, m.split) for m in found]
+
+
+@pytest.mark.parametrize("names", [("partA", "partB"), ("w1", "w2", "w3"), ("", "extra")])
+def test_several_unknown_folders_are_refused_by_name(names: list[str], tmp_path: Path) -> None:
+    for number, name in enumerate(names):
+        save(tmp_path / "mine" / "all" / name / "丘" / "0.png", picture(number))
+    known = ", ".join(filter(None, names))
+    with pytest.raises(InputError, match=f"mine/all: characters in several folders .*: {known}: "):
+        pictures_in(tmp_path / "mine")
+
+
+def test_a_lone_wrapper_is_passed_through(tmp_path: Path) -> None:
+    for number in range(9):
+        save(tmp_path / "mine" / "all" / "of them" / "丘" / f"{number}.png", picture(number))
+    assert {m.split for m in pictures_in(tmp_path / "mine")} == {"train", "validation", "test"}
+
+
+def test_archives_may_give_the_validation_split(tmp_path: Path) -> None:
+    for place in ("训练/7.gnt", "验证/8.gnt", "测试/9.gnt"):
+        write_gnt(tmp_path / place)
+    assert [row[:2] for row in origins(tmp_path)] == [
+        *(("test", "9"), ("train", "7"), ("validation", "8"))
+    ]
+    members = archives.divide(archives.list_members([tmp_path]))
+    assert [m.writer for m in members["validation"]] == ["8"]
+
+
+def refused_copy(*places: str) -> str:
+    """Returns the pattern of the message on a copy in another split."""
+    named = "".join(f"(?=.*{re.escape(place)})" for place in places)
+    return f"the same content in two splits{named}.*--on_error=skip leaves it out of train"
+
+
+def test_a_copied_gnt_file_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1001, 1002):
+        write_gnt(tmp_path / "casia" / "train" / f"{number}-c.gnt", member(number, "一丁"))
+    write_gnt(tmp_path / "casia" / "train" / "1001-c (1).gnt", member(1001, "一丁"))
+    flags = [f"--archives={tmp_path / 'casia'}", f"--data_dir={tmp_path / 'data'}"]
+    assert main(["prepare", *flags]) == 0
+    size = len(member(1001, "一丁"))
+    assert f"passed over 1 ({size:,} bytes): copy of another file" in capsys.readouterr().out
+    manifest = store.read_manifest("casia_hwdb", tmp_path / "data")
+    writers = manifest["characters_per_writer"]
+    assert writers["train"] | writers["validation"] == {"1001": 2, "1002": 2}
+
+
+@pytest.mark.parametrize("copy", ["train/test_1001.gnt", "test/1241-c.gnt", "val/7.gnt"])
+def test_a_gnt_file_in_two_splits_is_refused(copy: str, tmp_path: Path) -> None:
+    write_gnt(tmp_path / "casia" / "train" / "1001-c.gnt")
+    write_gnt(tmp_path / "casia" / copy)
+    with pytest.raises(InputError, match=refused_copy("casia/train/1001-c.gnt", f"casia/{copy}")):
+        prepare([tmp_path / "casia"], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_picture_in_two_splits_is_refused_or_left_out_of_train(tmp_path: Path) -> None:
+    for number, name in enumerate("甲乙丙"):
+        save(tmp_path / "mine" / "train" / "一" / f"{name}.png", picture(number))
+        save(tmp_path / "mine" / "train" / "丁" / f"{name}.png", picture(10 + number))
+    save(tmp_path / "mine" / "test" / "一" / "戊.png", picture(0))
+    with pytest.raises(InputError, match=refused_copy("mine/train/一/甲.png", "mine/test/一/戊")):
+        prepare([], tmp_path / "data", "mine", pictures=tmp_path / "mine")
+    made = prepare([], tmp_path / "data", "mine", "skip", pictures=tmp_path / "mine")
+    assert made.manifest["characters_per_split"]["test"] == 1
+    assert sum(made.manifest["characters_per_split"].values()) == 6
+    assert made.manifest["skipped"]["copy of a file of another split"]["count"] == 1
+
+
+@pytest.mark.parametrize("again", ["img/0.png", "./img/0.png", "img//0.png", "copy.png"])
+def test_a_csv_that_lists_a_picture_twice(again: str, tmp_path: Path) -> None:
+    for number in range(4):
+        save(tmp_path / f"img/{number}.png", picture(number))
+    save(tmp_path / "copy.png", picture(0))
+    table = tmp_path / "list.csv"
+    lines = ["path,character,split", *(f"img/{n}.png,{'一丁'[n % 2]},train" for n in range(4))]
+    table.write_text("\n".join([*lines, f"{again},一,test"]))
+    with pytest.raises(InputError, match=refused_copy("img/0.png", str(Path(again)))):
+        prepare([], tmp_path / "data", "mine", pictures=table)
+    table.write_text("\n".join([*lines, f"{again},一,train"]))
+    listed = labelled_images.list_pictures(table, [], lambda reason, size: None)
+    skipped: list[str] = []
+    kept = drop_copies(listed, False, lambda reason, size: skipped.append(reason))
+    assert sorted(m.digest for m in kept) == sorted({m.digest for m in listed})
+    assert skipped == ["copy of another file"]
+
+
+def test_equal_pictures_of_two_writers_are_not_divided(tmp_path: Path) -> None:
+    rows = ["path,character,writer"]
+    for writer in range(8):
+        save(tmp_path / f"{writer}.png", picture(0))
+        rows.append(f"{writer}.png,一,w{writer}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    with pytest.raises(InputError, match="the same content in two splits"):
+        prepare([], tmp_path / "data", "mine", pictures=tmp_path / "list.csv")

@@ -8,13 +8,19 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from hccr_jax.data.casia import gnt
-from hccr_jax.data.casia.divisions import find_split, validation_writers
+from hccr_jax.data.casia.divisions import (
+    UNKNOWN_WRITER,
+    find_split,
+    split_of,
+    validation_writers,
+)
 from hccr_jax.data.casia.zip_entries import (
     DAMAGE,
+    FOREIGN,
     UnusableFileError,
     has_control_characters,
     list_gnt_entries,
@@ -40,12 +46,13 @@ class Member:
     Attributes:
       path: the zip, or the GNT file itself.
       name: the member's name inside the zip; "" for a file of its own.
-      writer: from `1001-c.gnt`: "1001".
-      split: "train" or "test".
+      writer: from `1001-c.gnt`: "1001"; `UNKNOWN_WRITER` for a file that holds several.
+      split: "train", "validation" or "test".
       num_bytes: unpacked size.
       crc32: of the unpacked bytes.
       character: the label of a picture; "" for a GNT file. `path` is then the pictures' root and
         `name` the path relative to it.
+      digest: SHA-256 of a picture's bytes; "" for a GNT file.
     """
 
     path: Path
@@ -55,6 +62,7 @@ class Member:
     num_bytes: int
     crc32: int
     character: str = ""
+    digest: str = ""
 
     @property
     def archive(self) -> str:
@@ -70,8 +78,9 @@ class Member:
 def list_members(paths: Sequence[str | Path], on_fault: gnt.OnFault | None = None) -> list[Member]:
     """Returns the GNT members of zips, folders (searched recursively) and single files.
 
-    The split comes from the nearest name with trn/train or tst/test (folders inside the zip, the
-    zip, folders up to the given one), else from the official writer numbers.
+    The split comes from the nearest name that denotes one, see `divisions.split_of` (the file's own
+    unless it is a writer's number, folders inside the zip, the zip, folders up to the given one),
+    else from the official writer numbers.
 
     Args:
       paths: zips, folders or `.gnt` files.
@@ -122,6 +131,10 @@ def read_member(member: Member, on_fault: gnt.OnFault | None = None) -> Iterator
             on_fault(reason, num_bytes)
 
     kept = 0
+    if not member.num_bytes:
+        lose("empty file", 0)
+        if on_fault is None:
+            raise InputError(f"{member.source}: empty; --on_error=skip skips it")
     try:
         with _open(member) as stream:
             for record in gnt.read_records(stream, member.source, lose if on_fault else None):
@@ -140,9 +153,9 @@ def read_member(member: Member, on_fault: gnt.OnFault | None = None) -> Iterator
 
 
 def divide(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Returns the members of each split; validation is held out of train, except for pictures."""
+    """Returns the members of each split; validation is held out of train where none is given."""
     held_out: frozenset[str] = frozenset()
-    if not any(member.character for member in members):
+    if not any(member.character or member.split == "validation" for member in members):
         held_out = validation_writers([m.writer for m in members if m.split == "train"])
     splits: dict[str, list[Member]] = {"train": [], "validation": [], "test": []}
     for member in members:
@@ -184,7 +197,7 @@ def _files(path: Path) -> Iterator[tuple[Path, Path]]:
         return
     for folder, names in walk(path.absolute()):
         for name in names:
-            if Path(name).suffix.lower() in (".zip", ".gnt", ".alz"):
+            if Path(name).suffix.lower() in (".gnt", *FOREIGN):
                 yield path.absolute(), folder / name
 
 
@@ -194,12 +207,12 @@ def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> li
     if has_control_characters(f"{file.parent.name}/{file.name}"):
         message = "control characters or a broken encoding in its name: rename it"
         raise UnusableFileError(file, message)
-    if file.suffix.lower() == ".alz":
-        message = "unpack it with `unalz` and give the folder with its .gnt files"
-        raise UnusableFileError(file, message)
+    kind = file.suffix.lower()
+    if kind in FOREIGN and kind != ".zip":
+        raise UnusableFileError(file, FOREIGN[kind])
     above = [file.parent, *file.parent.parents]
     names = [folder.name for folder in above[: above.index(root) + 1]]
-    if file.suffix.lower() == ".gnt":
+    if kind == ".gnt":
         return [_member(file, "", names, file.stat().st_size, _file_crc32(file))]
     _check_md5(file)
     names.insert(0, file.stem)
@@ -215,12 +228,17 @@ def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> li
 
 
 def _member(file: Path, name: str, names: list[str], num_bytes: int, crc32: int) -> Member:
-    inner = Path(name or file.name)
-    match = _WRITER.fullmatch(inner.stem)
-    writer = match.group(1) if match else inner.stem
-    folders = [] if not name else [folder.name for folder in inner.parents]
-    split = find_split([*folders, *names], writer)
-    if split is None:
+    inner = PurePosixPath(name.replace("\\", "/") or file.name)
+    if number := _WRITER.fullmatch(inner.stem):
+        writer = number.group(1)
+    elif split_of(inner.stem):  # `1.1train-gb1.gnt`: all writers joined, as in older distributions
+        writer = UNKNOWN_WRITER
+    else:
+        writer = inner.stem
+    inside = [] if number else [inner.stem]
+    inside += [folder.name for folder in inner.parents] if name else []
+    split = find_split([*inside, *names], writer)
+    if not split:
         raise InputError(
             f"{file}{f': {name}' if name else ''}: unknown split: put `train` or "
             f"`test` in the name of the archive or of its folder, or name the file as CASIA does "
@@ -233,7 +251,7 @@ def _check_writers(members: list[Member]) -> None:
     seen: dict[str, Member] = {}
     for member in members:
         first = seen.setdefault(member.writer, member)
-        if first is not member:
+        if first is not member and member.writer != UNKNOWN_WRITER:
             raise InputError(
                 f"writer {member.writer} occurs twice, in {first.path} ({first.source}) and "
                 f"{member.path} ({member.source}): give each writer once"

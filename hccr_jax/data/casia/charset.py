@@ -1,6 +1,19 @@
-"""The 3,755 level-1 characters of GB2312-80 and the two-byte tags that name them in CASIA files."""
+"""Characters: the 3,755 of GB2312-80's level 1, the tags of CASIA files, the names of folders."""
 
 import functools
+import re
+import unicodedata
+
+# What U+2E81 to U+2EF3 stand for, in order (U+2E9A is unassigned). The other radicals, U+2F00 to
+# U+2FD5, have compatibility decompositions.
+# Source: Unicode Character Database, EquivalentUnifiedIdeograph.txt.
+_RADICALS = (
+    "厂乛乚乙亻冂𠘨刀刂卜㔾小小兀尣尢𡯂巳幺彑彐忄心扌攵\u2e9a旡日月歺母民氵氺灬爫爫丬牛犭"
+    "王𤴔目示礻𥫗糹纟罓罒㓁冗𦉫羊𦍌𦍋耂肀聿肉𦥑艹艹艹虎衤覀西见角𧢲讠贝𧾷车辶辶辶邑钅"
+    "長镸长门𨸏阝雨青韦页风飞食𩙿飠饣𩠐马骨鬼鱼鸟卤麦黄黾斉齐歯齿竜龙龜亀龟"
+)
+# U+4E00 and u4e00; unzip writes #U4e00 for a name that it cannot encode.
+_CODE = re.compile("#?[Uu][+]?([0-9A-Fa-f]{4,6})")
 
 
 @functools.cache
@@ -68,3 +81,37 @@ def character_to_tag(character: str) -> bytes:
       UnicodeEncodeError: GBK has no such character.
     """
     return character.encode("gbk").ljust(2, b"\0")
+
+
+def canonical(text: str) -> str:
+    """Returns text in which each character has one code point: NFC, radicals as ideographs.
+
+    >>> [f"{ord(c):X}" for c in canonical("\u2f00\u2ed3\uf967か\u3099")]  # ⼀, ⻓, 不, が
+    ['4E00', '957F', '4E0D', '304C']
+    """
+    return "".join(map(_without_radical, unicodedata.normalize("NFC", text)))
+
+
+def parse_character(name: str) -> str | None:
+    """Returns the character that a name denotes, or None.
+
+    >>> [parse_character(name) for name in ("永", "U+6C38", "#U6c38", "A", "ab", "U+D800", "")]
+    ['永', '永', '永', 'A', None, None, None]
+    """
+    if code := _CODE.fullmatch(name):
+        name = chr(int(code[1], 16)) if int(code[1], 16) < 0x110000 else ""
+    name = canonical(name)
+    return name if len(name) == 1 and is_character(name) else None
+
+
+def is_character(character: str) -> bool:
+    """Returns whether it is a letter, number, mark or symbol: no control, blank or unassigned."""
+    return unicodedata.category(character)[0] in "LNPSM"
+
+
+def _without_radical(character: str) -> str:
+    if "\u2f00" <= character <= "\u2fd5":
+        return unicodedata.normalize("NFKC", character)
+    if "\u2e81" <= character <= "\u2ef3":
+        return _RADICALS[ord(character) - 0x2E81]
+    return character

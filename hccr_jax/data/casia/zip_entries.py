@@ -27,10 +27,25 @@ _ALWAYS_UNPACKED = 256 << 20
 _MAX_NAME = 255
 _SHOWN_SUFFIXES = 5
 _LOCAL_HEADER_BYTES = 30
-_FOREIGN = {
-    ".alz": "holds an .alz archive: unpack it with `unalz` and give the folder with its .gnt files",
-    ".mpf": "holds features (.mpf), not images: take the archive with `gnt` in its name",
-    ".zip": "holds zip archives: unpack it and give the folder",
+# What to do with a file of another kind, in a folder or in a zip.
+FOREIGN = {
+    ".alz": "an .alz archive: unpack it with `unalz` and give the folder with its .gnt files",
+    ".rar": "a .rar archive: unpack it with `unrar x` and give the folder with its .gnt files",
+    ".7z": "a .7z archive: unpack it with `7z x` and give the folder with its .gnt files",
+    **dict.fromkeys(
+        (".tar", ".tgz", ".gz", ".bz2", ".xz"),
+        "a tar archive: unpack it with `tar -xf` and give the folder with its .gnt files",
+    ),
+    ".mpf": "features (.mpf), not images: take the archive with `gnt` in its name",
+    **dict.fromkeys(
+        (".pot", ".wptt"),
+        "pen strokes (online data), not images: take HWDB's archives, with `gnt` in their name",
+    ),
+    **dict.fromkeys(
+        (".dgr", ".dgrl"),
+        "pages of text, not characters: take the archives with `gnt` in their name",
+    ),
+    ".zip": "zip archives: unpack it and give the folder",
 }
 _END_RECORD = b"PK\x05\x06"
 _LOCATOR_OF_ZIP64 = b"PK\x06\x07"
@@ -150,7 +165,8 @@ def _is_gnt(entry: zipfile.ZipInfo) -> bool:
 
 def _is_shadow(entry: zipfile.ZipInfo) -> bool:
     """Returns whether macOS added an entry, which repeats a member's name."""
-    return entry.filename.startswith("__MACOSX/")
+    folders = re.split(r"[/\\]", entry.filename)
+    return "__MACOSX" in folders or folders[-1].startswith("._")
 
 
 def _why_no_members(entries: list[zipfile.ZipInfo]) -> str:
@@ -158,8 +174,8 @@ def _why_no_members(entries: list[zipfile.ZipInfo]) -> str:
     if not names:
         return "the archive is empty"
     suffixes = {Path(name).suffix.lower() for name in names}
-    for suffix, reason in _FOREIGN.items():
+    for suffix, reason in FOREIGN.items():
         if suffix in suffixes:
-            return reason
+            return f"holds {reason}"
     shown = sorted(filter(str.isprintable, suffixes))[:_SHOWN_SUFFIXES]
     return f"holds no .gnt member, only {', '.join(shown)}"
