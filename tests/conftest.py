@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
+    # Compiling is most of the suite's time: processes and the next run of the suite share programs.
+    # They lie in .pytest_cache, and `--cache-clear` deletes them.
+    if cache := getattr(config, "cache", None):
+        compiled = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("compiled")))
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,16 +64,9 @@ def casia_dir() -> Path:
 def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Returns the flags of a training of seconds, without --workdir; the first prepares its data.
 
-    Everything random is on. Compiled programs are kept for other runs and processes.
+    Everything random is on.
     """
-    from jax.experimental.compilation_cache import compilation_cache
-
     root = tmp_path_factory.mktemp("tiny_job")
-    base = tmp_path_factory.getbasetemp()  # of all processes of the suite, the one above
-    compiled = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
-    compilation_cache.reset_cache()
     config = {
         "num_steps": 8,
         "batch_size": 8,

@@ -38,6 +38,7 @@ def start_local(flags: list[str], workdir: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_environment(), reason="no .venv: it would be made")
 def test_local_passes_a_signal_on_and_all_processes_stop_at_the_same_step(
     tiny_job: list[str], tmp_path: Path

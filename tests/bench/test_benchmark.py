@@ -112,6 +112,7 @@ def test_rows_that_read_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["evaluation", "data_reading"]
 
 
+@pytest.mark.slow
 def test_measured_kernels_are_what_the_library_chooses_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,7 @@ def test_ctrl_c_saves_and_the_next_sweep_goes_on(
     assert row["curve"]["step"] == [int(checkpoint.name) + 2]
 
 
+@pytest.mark.slow
 def test_sigterm_is_passed_on(file: Path) -> None:
     assert stop(file, signal.SIGTERM, group=False) == 143
     folders = [path.name for path in (file.parent / "runs").iterdir()]

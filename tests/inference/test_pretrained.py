@@ -254,7 +254,7 @@ def test_precomputed_teacher_logits_are_of_the_teachers_own_normal_form(
     np.testing.assert_array_equal(train.teacher_logits, own.teacher_logits)
 
 
-@pytest.mark.parametrize("placement", ["stream", "device"])
+@pytest.mark.parametrize("placement", [pytest.param("stream", marks=pytest.mark.slow), "device"])
 def test_precomputed_teacher_logits_are_of_the_images_as_they_are(
     source: Path, tiny_job: list[str], placement: str
 ) -> None:

@@ -171,6 +171,7 @@ def test_an_evaluation_takes_the_weight_of_its_config(
     assert abs(named - trained_with) > 0.01
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_fitted_member(
     train: Callable[..., Path], both: Path, tmp_path: Path
 ) -> None:

@@ -425,7 +425,10 @@ def test_networks_have_the_same_logits_without_the_kernels(tmp_path):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(("target", "wider"), [("x86-64", ""), ("x86-64-v3", " avx512f ")])
+@pytest.mark.parametrize(
+    ("target", "wider"),
+    [pytest.param("x86-64", "", marks=pytest.mark.slow), ("x86-64-v3", " avx512f ")],
+)
 def test_the_kernels_of_narrower_processors_agree_with_float64(target, wider):
     """Runs the tests above in a process whose kernels are built for an earlier processor."""
     machine = platform.system(), platform.machine()

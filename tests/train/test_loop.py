@@ -108,6 +108,7 @@ def test_the_best_step_is_the_one_that_is_reported(finished: Path) -> None:
     assert (results["step"], results["validation_top1"]) == (best, scores[best])
 
 
+@pytest.mark.slow
 def test_a_validation_score_on_training_writers_is_not_reported(
     train: Train, tiny_job: list[str], tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_resumed_run_is_bit_for_bit_the_unbroken_one(finished: Path, train: Trai
     assert one["top1"] == other["top1"] or one["step"] == 3
 
 
+@pytest.mark.slow
 def test_neither_placement_nor_the_ends_of_chunks_change_a_bit(
     finished: Path, train: Train
 ) -> None:
