@@ -171,7 +171,9 @@ def test_chinese_readme_is_short_and_has_the_same_results() -> None:
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_page_is_short(page: Path) -> None:
     text = BENCHMARK.sub("", BLOCK.sub("", page.read_text("utf-8")))
-    assert len(text.split()) <= 800
+    # A row that names its test is looked up, not read.
+    lines = [line for line in text.splitlines() if not re.match(r"\| .*`tests/", line)]
+    assert len(" ".join(lines).split()) <= 800
 
 
 def test_benchmark_tables_are_what_the_measured_rows_give() -> None:
@@ -183,11 +185,11 @@ def test_benchmark_tables_are_what_the_measured_rows_give() -> None:
 
 def test_promises_name_tests_that_exist() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
-    promises = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if " test |" not in row]  # not the heads of the tables
     assert len(promises) >= 15
     for line in promises:
-        cell = line.split(" | ")[1]
-        assert "`tests/" in cell
+        (cell,) = [cell for cell in line.split(" | ") if "`tests/" in cell]
         for file, *parts in re.findall(r"`(tests/[\w/]+\.py)`((?: `?\w+`?,?| \*,?)+)", cell):
             tests = re.findall(r"^ *def (test_\w+)", (ROOT / file).read_text("utf-8"), re.M)
             for part in re.findall(r"`(\w+)`", parts[0]):

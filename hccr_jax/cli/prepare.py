@@ -8,7 +8,7 @@ Examples:
 
   hccr prepare --archives=~/casia --test_archives=~/casia/competition-gnt.zip --data_dir=~/data --name=icdar2013
 
-A folder that holds the archives, or unpacked .gnt files, works as well: --archives=~/casia. In a folder of pictures (PNG, JPEG), each is in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
+A folder that holds the archives, or unpacked .gnt files, works as well: --archives=~/casia. In a folder of pictures (PNG, JPEG, BMP, TIFF, WebP), each is in a folder named by its character: 永 or U+6C38, in train/, validation/ and test/ if you like. A CSV file has columns path,character and, if you like, writer,split. Train with --config.data.name=mine.
 """  # noqa: E501
 
 import sys

@@ -14,7 +14,7 @@ from hccr_jax.data.casia.archives import Member
 from hccr_jax.data.casia.divisions import UNKNOWN_WRITER, hold_out
 from hccr_jax.data.casia.gnt import OnFault
 from hccr_jax.data.images import ink
-from hccr_jax.data.images.files import open_pictures
+from hccr_jax.data.images.files import SUFFIXES, open_pictures
 from hccr_jax.data.picture_lists import Picture, list_csv, list_folder
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.paths import shown
@@ -34,7 +34,7 @@ class _Labelled(NamedTuple):
 def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list[Member]:
     """Returns the pictures of a folder or of a CSV file, each with its character and its split.
 
-    In a folder, a picture (PNG or JPEG) is labelled by the name of its own folder: 永, U+6C38 or
+    In a folder, a picture is labelled by the name of its own folder: 永, U+6C38 or
     u6c38. A CSV file has the columns path (relative to the file's folder) and character, and may
     have writer and split. Without that, the nearest folder above that is named by a split counts,
     see `divisions.split_of`.
@@ -65,8 +65,8 @@ def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list
     if not labelled:
         reasons = f": {shorten(faults)}" if faults else ""
         raise InputError(
-            f"{path}: no usable picture{reasons}; PNG or JPEG files are needed, in folders "
-            f"named by their character"
+            f"{path}: no usable picture{reasons}; {', '.join(SUFFIXES)} files are needed, in "
+            f"folders named by their character"
         )
     members = [
         Member(

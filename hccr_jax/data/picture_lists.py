@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -9,12 +10,12 @@ from typing import NamedTuple
 from hccr_jax.data.casia.charset import parse_character
 from hccr_jax.data.casia.divisions import SPLITS, find_split, split_of
 from hccr_jax.data.casia.gnt import OnFault
+from hccr_jax.data.images.files import SUFFIXES
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.paths import shown, walk
 
 _COLUMNS = ("path", "character", "writer", "split")
 _DELIMITERS = ",;\t"
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 _SHOWN_FOLDERS = 5
 
 
@@ -55,8 +56,10 @@ def _walk(root: Path, faults: list[str], on_skip: OnFault) -> Iterator[Picture]:
         split = find_split([above.name for above in place.parents])
         for name in files:
             file = folder / name
-            if file.suffix.lower() not in _SUFFIXES:
-                on_skip("neither a .png nor a .jpg file", file.lstat().st_size)
+            suffix = file.suffix.lower()
+            if suffix not in SUFFIXES:
+                kind = f": {suffix}" if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ""
+                on_skip(f"not a picture file{kind}", file.stat().st_size)
             elif character is None:
                 faults.append(f"{shown(file)}: its folder is not named by a character")
             else:

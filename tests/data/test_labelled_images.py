@@ -184,7 +184,7 @@ def test_unusable_pictures_are_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "data" / "mine").exists()
     assert main([*flags, "--on_error=skip"]) == 0
     printed = capsys.readouterr()
-    assert "passed over 1 (5 bytes): neither a .png nor a .jpg file" in printed.out
+    assert "passed over 1 (5 bytes): not a picture file: .txt" in printed.out
     assert "without 5 unusable pictures" in printed.out
     warnings = [line for line in printed.err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 5
