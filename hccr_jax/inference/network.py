@@ -22,6 +22,7 @@ from hccr_jax.inference.tta import TtaViews, create_tta_views
 from hccr_jax.models.costs import summarize
 from hccr_jax.models.functional import Apply, count_parameters, split_model
 from hccr_jax.models.registry import create_model
+from hccr_jax.ops import target
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.rng import INIT, stream_key
 
@@ -141,5 +142,5 @@ def create_network(config: ConfigDict, num_classes: int) -> Network:
 def compute_dtype(config: ConfigDict) -> Any:
     """Returns the dtype of the arithmetic; "auto" is bfloat16 where the device computes in it."""
     if config.model.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if target.is_cpu() else jnp.bfloat16)
     return jnp.dtype(config.model.dtype)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 from hccr_jax.models.costs import record_cost
+from hccr_jax.ops import target
 from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
 from hccr_jax.ops.depthwise import depthwise_conv, taps
 from hccr_jax.ops.pointwise import pointwise_conv
@@ -93,7 +94,7 @@ class Conv(nnx.Module):
         rows = (x.shape[1] + 2 * self.padding - kernel) // self.stride + 1
         if kernel == 1 and self.stride == 1:
             y = pointwise_conv(x, weight[0, 0])
-        elif channels_in * kernel**2 <= 32 or (rows < kernel and jax.default_backend() == "cpu"):
+        elif channels_in * kernel**2 <= 32 or (rows < kernel and target.is_cpu()):
             # On a CPU, patches and one matrix product are faster than a convolution of so few
             # inputs; of a filter larger than the map, XLA's takes up to 90 times as long.
             patches = jnp.concatenate(taps(x, kernel, self.stride, self.padding), axis=-1)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hccr_jax.ops import target
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(
@@ -33,9 +35,7 @@ def depthwise_conv(
 
 
 def _is_shifted(implementation: str | None) -> bool:
-    return implementation == "shifted" or (
-        implementation is None and jax.default_backend() == "cpu"
-    )
+    return implementation == "shifted" or (implementation is None and target.is_cpu())
 
 
 def _forward(x: jax.Array, weight: jax.Array, stride: int, implementation: str | None):
@@ -104,7 +104,7 @@ def _weight_gradient(x: jax.Array, gradient: jax.Array, stride: int) -> jax.Arra
         image, image_gradient = pair
         return total + sums(image[None], image_gradient[None]), None
 
-    if jax.default_backend() == "cpu":
+    if target.is_cpu():
         total, _ = lax.scan(add, jnp.zeros((9, x.shape[-1]), jnp.float32), (x, gradient))
     else:
         total = sums(x, gradient)

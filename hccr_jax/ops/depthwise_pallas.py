@@ -30,6 +30,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from hccr_jax.ops import target
+
 RELU6_LIMIT = 6.0
 # Two lanes a thread, loading 4 bytes at once in bfloat16. Compiled for Hopper the kernels then take
 # up to 91 and 168 registers a thread; with four lanes the backward kernel's sums fill all 255.
@@ -142,7 +144,7 @@ def _call(kernel, tiling, stride, out_shape, *arguments):
 
 def _interprets() -> bool:
     """Returns whether kernels are interpreted, as on a CPU, for tests."""
-    return jax.default_backend() == "cpu"
+    return target.is_cpu()
 
 
 def _lanes(tiling: _Tiling):

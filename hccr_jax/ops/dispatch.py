@@ -18,7 +18,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from hccr_jax.ops import native
+from hccr_jax.ops import native, target
 
 MEASURED = pathlib.Path(__file__).with_name("measured")
 FUSED = ("kernels", "pallas")  # the fastest wherever it was measured
@@ -26,7 +26,7 @@ FUSED = ("kernels", "pallas")  # the fastest wherever it was measured
 
 def available(x: jax.Array) -> list[str]:
     """Returns the implementations that support x (B, H, W, C) on the devices of this process."""
-    fused = ["kernels"] * native.supports(x) + ["pallas"] * _runs_pallas(jax.devices()[0])
+    fused = ["kernels"] * native.supports(x) + ["pallas"] * _runs_pallas(target.device())
     return [*fused, "grouped", "shifted"]
 
 
@@ -46,11 +46,11 @@ def choose(x: jax.Array, stride: int) -> str:
     """
     implementations = available(x)
     layer = (*x.shape[1:], stride)
-    ranking = _rankings().get((jax.devices()[0].device_kind, jnp.dtype(x.dtype).name), {})
+    ranking = _rankings().get((target.device().device_kind, jnp.dtype(x.dtype).name), {})
     for implementation in [*ranking.get(layer, []), *_by_wins(ranking), *FUSED]:
         if implementation in implementations:
             return implementation
-    return "shifted" if jax.default_backend() == "cpu" else "grouped"
+    return "shifted" if target.is_cpu() else "grouped"
 
 
 def _by_wins(ranking: dict[tuple[int, ...], list[str]]) -> list[str]:

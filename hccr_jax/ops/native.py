@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from hccr_jax.ops import target
+
 SOURCE = pathlib.Path(__file__).with_name("cpu_kernels.cc")
 TARGETS = (
     "hccr_batch_statistics",
@@ -53,16 +55,16 @@ def available() -> bool:
         detail = getattr(error, "stderr", "") or str(error)
         logging.warning("CPU kernels failed to build, using XLA's operations: %s", detail)
         return False
-    for target in TARGETS:
-        handler = jax.ffi.pycapsule(getattr(library, target))
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    for name in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return True
 
 
 def supports(x: jax.Array) -> bool:
     """Returns whether the kernels support this array: float32, at least 16 channels, on a CPU."""
     fits = x.dtype == jnp.float32 and x.shape[-1] >= LANES
-    return fits and jax.default_backend() == "cpu" and available()
+    return fits and target.is_cpu() and available()
 
 
 def cache_folder() -> pathlib.Path:
