@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
     config.model.first_stride = 2  # 1: every map but the first of twice the side
     config.model.head_channels = 1280  # of MobileNetV2's last convolution
     config.model.dropout_rate = 0.0
-    config.model.batch_norm = "global"  # or "local": statistics of each device's rows alone
+    # Statistics of the whole batch ("global") or of each device's rows alone ("local"). "auto":
+    # local on several devices with at least 64 rows each.
+    config.model.batch_norm = "auto"
     config.model.batch_norm_epsilon = 1e-3
     config.model.batch_norm_momentum = 0.99
     config.model.batch_norm_ramp = True  # the averages forget their start; False: momentum alone
@@ -187,7 +189,7 @@ LIMITS = {
     "model.head_channels": (8, 65_536),
     "model.dropout_rate": _BELOW_ONE,
     "model.batch_norm_epsilon": (_TINY, 1),
-    "model.batch_norm": ("global", "local"),
+    "model.batch_norm": ("auto", "global", "local"),
     "model.batch_norm_momentum": _DECAY,
     "model.lda_dims": (1, 512),
     "model.eigenvectors": (1, 512),

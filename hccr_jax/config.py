@@ -61,20 +61,15 @@ RENAMED = {
     "eval.flip_views": "eval.tta_flips",
     "eval.suspects": "eval.label_errors",
 }
+LOCAL_ROWS = 64  # on a device, from which batch norm does without those of the others
+
 _RENAMED_VALUES = {"data.name": {"strokes": "synthetic"}}
 
 # A resume may change these: they do not change the course of a run.
 FREE_ON_RESUME = (
-    "num_steps",
-    "num_epochs",
-    "log_every_steps",
-    "watchdog_seconds",
-    "skip_non_finite",
-    "data.data_dir",
-    "data.placement",
-    "checkpoint.",
-    "eval.",
-)
+    "num_steps", "num_epochs", "log_every_steps", "watchdog_seconds", "skip_non_finite",
+    "data.data_dir", "data.placement", "checkpoint.", "eval.",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +210,7 @@ def _conflicts(config: ConfigDict) -> list[tuple[bool, str, str]]:
             "adam has none; set optimizer.name=adamw",
         ),
         (
-            strict and config.model.batch_norm != "global", "strict_determinism",
+            strict and config.model.batch_norm == "local", "strict_determinism",
             "needs the default of config.model.batch_norm",
         ),
         (
@@ -276,6 +271,19 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
             )
 
 
+def batch_norm(config: ConfigDict, num_devices: int) -> str:
+    """Returns "global" or "local" for a config's `model.batch_norm`.
+
+    "auto" is local where each of several devices has rows enough for statistics of its own: global
+    ones make the devices wait for one another twice in each layer.
+    """
+    choice = config.model.batch_norm
+    if choice != "auto":
+        return choice
+    rows = config.batch_size // config.gradient_accumulation_steps // num_devices
+    return "local" if num_devices > 1 and rows >= LOCAL_ROWS else "global"
+
+
 def strict_shards(config: ConfigDict) -> int:
     """Returns in how many shards a batch is computed whatever the devices; 0: one per device."""
     return 8 if config.strict_determinism else 0
@@ -316,16 +324,19 @@ def save(config: ConfigDict, path: Path) -> None:
     replace_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def check_resume(config: ConfigDict, path: Path) -> None:
+def check_resume(config: ConfigDict, path: Path, num_devices: int = 1) -> None:
     """Checks that a config continues the run that `path` (a config.json) describes.
 
     Raises:
       InputError: names the first key that would change the run's course, with both values.
     """
     try:
-        old = dict(flatten(upgrade(json.loads(path.read_text(encoding="utf-8")))[0]))
+        old_config = upgrade(json.loads(path.read_text(encoding="utf-8")))[0]
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}: choose another --workdir") from error
+    old = dict(flatten(old_config))
+    if batch_norm(config, num_devices) == batch_norm(old_config, num_devices):
+        old["model.batch_norm"] = config.model.batch_norm
     for key, value in flatten(config):
         bound = not key.startswith(FREE_ON_RESUME)
         # With a cosine the length of the run shapes every step of it.

@@ -306,3 +306,31 @@ def test_resume_from_a_damaged_config(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match=r"config\.json: damaged: "):
         check_resume(load("v2"), path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "batch_size", "accumulation", "devices", "expected"),
+    [
+        ("auto", 4096, 1, 1, "global"), ("auto", 128, 1, 2, "local"), ("auto", 126, 1, 2, "global"),
+        ("auto", 128, 2, 2, "global"), ("global", 4096, 1, 8, "global"),
+        ("local", 8, 1, 8, "local"),
+    ],
+)  # fmt: skip
+def test_devices_with_rows_enough_have_batch_statistics_of_their_own(
+    choice, batch_size, accumulation, devices, expected
+):
+    config = changed(
+        "v2", batch_size=batch_size, model__batch_norm=choice,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    assert config_lib.batch_norm(config, devices) == expected
+
+
+def test_a_run_of_another_batch_norm_is_resumed_only_where_it_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config_lib.save(changed("v2", model__batch_norm="global", batch_size=512), path)
+    auto = changed("v2", batch_size=512)
+    check_resume(auto, path)
+    check_resume(auto, path, num_devices=16)  # too few rows each
+    with pytest.raises(InputError, match=r"config\.model\.batch_norm='auto', .* with 'global'"):
+        check_resume(auto, path, num_devices=8)

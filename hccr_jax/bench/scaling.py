@@ -34,20 +34,35 @@ class Links(NamedTuple):
     latency: float
     hop: float
 
-    def seconds(self, num_bytes: float, num_gpus: int) -> float:
-        """Returns how long a reduction over some GPUs takes."""
+    def seconds(self, exchange: "Exchange", num_gpus: int) -> float:
+        """Returns how long an exchange over some GPUs takes."""
         inside = min(self.gpus, num_gpus)
         machines = num_gpus / inside
         if num_gpus == 1:
             return 0.0
         latency = self.latency + 2 * self.hop * math.log2(machines)
+        num_bytes = exchange.num_bytes
+        if exchange.gathers:  # each GPU gets those of all others
+            others = num_bytes * (num_gpus - 1) / self.nvlink
+            return latency + others + num_bytes * (machines - 1) / self.network
         ring = 2 * num_bytes * (inside - 1) / inside / self.nvlink
         between = 2 * num_bytes / inside * (machines - 1) / machines / self.network
         return latency + ring + between
 
 
-def count_reductions(config: ConfigDict, num_classes: int) -> tuple[list[int], list[int]]:
-    """Returns the bytes of each reduction in a training step's program, and of each gradient."""
+class Exchange(NamedTuple):
+    """What devices exchange at once: the bytes of each, added up or gathered."""
+
+    num_bytes: int
+    gathers: bool = False
+
+
+def count_exchanges(config: ConfigDict, num_classes: int) -> list[Exchange]:
+    """Returns what devices exchange in a training step's program, in order, one after another.
+
+    At the end come gradients, batch statistics and metrics. Before, a batch norm with global
+    statistics gathers two arrays forward and adds up two backward, which the next layer waits for.
+    """
     model = create_module(config, num_classes)
     apply, params, batch_stats = split_model(model)
     optimizer = optim.make_optimizer("adam", lambda step: 1e-3)
@@ -65,10 +80,11 @@ def count_reductions(config: ConfigDict, num_classes: int) -> tuple[list[int], l
     size, rows = config.data.image_px, jax.device_count()
     images = jax.ShapeDtypeStruct((rows, size, size), jnp.uint8)
     text = step.lower(state, images, jax.ShapeDtypeStruct((rows,), jnp.int32)).as_text()
-    found = re.findall(r"stablehlo\.all_reduce.*?\) : \((.*?)\) ->", text, re.S)
-    sizes = [sum(map(_num_bytes, re.findall(r"tensor<(.*?)>", types))) for types in found]
-    width = jnp.dtype(config.reduce_dtype).itemsize
-    return sizes, [leaf.size * width for leaf in jax.tree.leaves(params)]
+    found = re.findall(r"stablehlo\.all_(reduce|gather).*?[)>] : \((.*?)\) ->", text, re.S)
+    return [
+        Exchange(sum(map(_num_bytes, re.findall(r"tensor<(.*?)>", types))), kind == "gather")
+        for kind, types in found
+    ]
 
 
 def _num_bytes(tensor: str) -> int:
@@ -81,33 +97,16 @@ def _num_bytes(tensor: str) -> int:
     return math.prod(map(int, shape)) * _BYTES[dtype]
 
 
-def exchanges(config: ConfigDict, num_classes: int) -> tuple[int, list[float]]:
-    """Returns the bytes reduced together at a step's end, and those of each reduction that waits.
-
-    A batch norm with global statistics adds up two arrays forward and two backward; each two travel
-    together, and the next layer waits for them.
-    """
-    sizes, gradients = count_reductions(config, num_classes)
-    if config.model.batch_norm == "local":
-        return sum(sizes), []  # the statistics go with the gradients
-    count = (len(sizes) - len(gradients) - 2) // 2  # two metrics go with the gradients as well
-    size = sum(sizes) - sum(gradients) - 8
-    return sum(gradients) + 8, [size / count] * count
-
-
-def efficiency(
-    seconds: float, last: float, waiting: Sequence[float], links: Links, num_gpus: int
-) -> float:
+def efficiency(seconds: float, exchanges: Sequence[Exchange], links: Links, num_gpus: int) -> float:
     """Returns the share of a step that is spent on computing.
 
     Args:
       seconds: of a step on one GPU.
-      last: bytes reduced together, once a step.
-      waiting: bytes of the reductions that wait for one another.
+      exchanges: of a step, each waiting for the one before.
       links: between the GPUs.
       num_gpus: of them.
     """
-    waits = sum(links.seconds(size, num_gpus) for size in (last, *waiting))
+    waits = sum(links.seconds(exchange, num_gpus) for exchange in exchanges)
     return seconds / (seconds + waits)
 
 
@@ -127,13 +126,14 @@ def create_table(
       links: between the GPUs.
       gpus: how many, a column each.
     """
-    lines = [["batch norm", "gradients in", "MB a step", "reductions that wait"]]
+    lines = [["batch norm", "gradients in", "MB a step", "exchanges"]]
     lines[0] += [f"{count:,} GPUs" for count in gpus]
     for norm, dtype in (("global", "float32"), ("local", "float32"), ("local", "bfloat16")):
         changed = config.copy_and_resolve_references()
         changed.model.batch_norm, changed.reduce_dtype = norm, dtype
-        last, waiting = exchanges(changed, num_classes)
-        shares = [efficiency(seconds, last, waiting, links, count) for count in gpus]
-        cells = [norm, dtype, f"{(last + sum(waiting)) / 1e6:.1f}", str(len(waiting) + 1)]
+        exchanges = count_exchanges(changed, num_classes)
+        shares = [efficiency(seconds, exchanges, links, count) for count in gpus]
+        size = sum(exchange.num_bytes for exchange in exchanges)
+        cells = [norm, dtype, f"{size / 1e6:.1f}", str(len(exchanges))]
         lines.append(cells + [f"{share:.1%}" for share in shares])
     return lines

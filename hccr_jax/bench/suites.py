@@ -80,6 +80,7 @@ def measure(plan: Plan, data: SyntheticData) -> Iterator[Row]:
     for point in points:
         config = plan.config.copy_and_resolve_references()
         config.data.image_px, config.model.width = point["image_px"], point["width"]
+        config.batch_size = point["batch_size"]
         workloads = Workloads(
             config, point["batch_size"], point["num_classes"], speeds, data, seconds, plan.repeats
         )

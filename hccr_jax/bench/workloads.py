@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from hccr_jax.bench import roofline
 from hccr_jax.bench.data import NAME, SyntheticData
 from hccr_jax.bench.timing import Run, Workload, measure, repeated
+from hccr_jax.config import batch_norm
 from hccr_jax.data.splits import Split
 from hccr_jax.evaluation.evaluate import evaluate
 from hccr_jax.inference.network import compute_dtype, create_module, create_network
@@ -34,7 +35,7 @@ from hccr_jax.train.input_pipeline import BatchSource, Chunk, DeviceBatches, str
 from hccr_jax.train.loop import train
 from hccr_jax.train.setup import augment_options, create_training_setup, steps_per_execution
 from hccr_jax.train.state import create_train_state
-from hccr_jax.train.step import make_train_chunk, make_train_step
+from hccr_jax.train.step import StepOptions, make_train_chunk, make_train_step
 
 EVALUATED_BATCHES = 8
 _ENDLESS = 2**31 - 1
@@ -50,7 +51,7 @@ class Workloads:
         """Creates the network.
 
         Args:
-          config: its network, image size and augmentation are timed.
+          config: its network, image size and augmentation are timed, at its batch size.
           batch_size: B, over all devices.
           num_classes: K.
           speeds: of the devices.
@@ -204,7 +205,8 @@ class Workloads:
         schedule = optim.make_schedule("constant", 1e-3, total_steps=1)
         optimizer = optim.make_optimizer("adam", schedule)
         augment = self._augment if augments else lambda keys, images: images
-        step = make_train_step(network.apply, optimizer, augment, mesh)
+        options = StepOptions(global_batch_norm=batch_norm(self.config, mesh.size) == "global")
+        step = make_train_step(network.apply, optimizer, augment, mesh, options)
         max_steps = steps_per_execution(self.config)
         train_chunk = make_train_chunk(step, DeviceBatches.get_batch, max_steps)
         num_images = 2 * self.batch_size

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# apply(params, batch_stats, images, train, dropout_keys, axis_name) -> (logits, batch_stats)
+from hccr_jax.models.packing import set_places
+
+# apply(params, batch_stats, images, train, dropout_keys, axis_name, packed) -> (logits, stats);
+# `packed` is None, or the same params as one vector (`packing.Packed`), for kernels to read them at
+# their place; the gradient flows through params.
 Apply = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -19,8 +23,12 @@ def split_model(model: nnx.Module) -> tuple[Apply, dict, dict]:
     definition, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     initial_params, initial_stats = map(nnx.to_pure_dict, states)
 
-    def apply(params, batch_stats, images, train=False, dropout_keys=None, axis_name=None):
+    def apply(
+        params, batch_stats, images, train=False, dropout_keys=None, axis_name=None, packed=None
+    ):
         network = nnx.merge(definition, params, batch_stats, copy=True)
+        if packed is not None:
+            set_places(network, packed)
         logits = network(images, train, dropout_keys, axis_name)
         return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hccr_jax.ops import native
+from hccr_jax.ops import native, target
 
 RELU6_LIMIT = 6.0
 
@@ -62,22 +62,41 @@ def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, ja
     channel = jax.ShapeDtypeStruct((x.shape[-1],), jnp.float32)
     if native.supports(x):
         mean, variance = jax.ffi.ffi_call("hccr_batch_statistics", (channel, channel))(x)
-    else:
+    elif target.is_cpu():
         wide = x.astype(jnp.float32)
         axes = tuple(range(x.ndim - 1))
         mean = wide.mean(axes)
         variance = jnp.square(wide - _row(mean, x)).mean(axes)
+    else:
+        mean, variance = one_pass_statistics(x)
     return over_devices(mean, variance, axis_name)
+
+
+def one_pass_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance of x (..., C), which is read once.
+
+    The sums are about a pivot, the channel's first value, so that no digits are lost unless that is
+    many standard deviations from the mean.
+    """
+    axes = tuple(range(x.ndim - 1))
+    pivot = x.reshape(-1, x.shape[-1])[0].astype(jnp.float32)
+    away = x.astype(jnp.float32) - _row(pivot, x)
+    offset, square = away.mean(axes), jnp.square(away).mean(axes)
+    return pivot + offset, jnp.maximum(square - jnp.square(offset), 0.0)
 
 
 def over_devices(
     mean: jax.Array, variance: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and variance of the whole batch from those of each device's equal shard."""
+    """Returns mean and variance of the whole batch from those of each device's equal shard.
+
+    In one exchange: variances are about the device's own mean, so their sum needs all means.
+    """
     if axis_name is None:
         return mean, variance
-    whole = lax.pmean(mean, axis_name)
-    return whole, lax.pmean(variance + jnp.square(mean - whole), axis_name)
+    means, variances = jnp.moveaxis(lax.all_gather(jnp.stack([mean, variance]), axis_name), 1, 0)
+    whole = means.mean(0)
+    return whole, (variances + jnp.square(means - whole[None])).mean(0)
 
 
 def _statistics_forward(x, axis_name):
@@ -101,7 +120,8 @@ def mean_gradients(
     """Returns the gradients of two means over the whole batch, divided by its number of rows."""
     count = x.size // x.shape[-1]
     if axis_name is not None:
-        gradients = lax.psum(gradients, axis_name)
+        first, second = lax.psum(jnp.stack(gradients), axis_name)  # one reduction
+        gradients = first, second
         count *= lax.axis_size(axis_name)
     return [gradient / count for gradient in gradients]
 

@@ -36,7 +36,7 @@ from hccr_jax.train.fit_mqdf import fit_mqdf
 from hccr_jax.train.input_pipeline import Chunk, chunk_lengths
 from hccr_jax.train.saved_state import checkpoint_items, checkpoint_metadata, restore_state
 from hccr_jax.train.setup import TrainingSetup, attach_mqdf, create_training_setup
-from hccr_jax.train.state import TrainState
+from hccr_jax.train.state import TrainState, unpack_state
 from hccr_jax.train.step_log import StepLog
 
 SHEET_IMAGES = 24
@@ -70,7 +70,7 @@ def train_and_evaluate(
     check_writable(workdir)  # what needs no data comes first: normalising them takes minutes
     config_lib.check_devices(config, jax.device_count())
     if (workdir / "config.json").exists():
-        config_lib.check_resume(config, workdir / "config.json")
+        config_lib.check_resume(config, workdir / "config.json", jax.device_count())
     with _writing(workdir):
         resumes = _can_resume(workdir / "checkpoints")
         sources = {"teacher.checkpoint": config.teacher.checkpoint}
@@ -192,13 +192,14 @@ def evaluate_and_save(
     It may not where it was to stop during the evaluation; the step is then saved without scores.
     """
     watchdog.beat(f"evaluating and saving step {step:,}", watchdog.SLOW)
+    state = unpack_state(state)
     start, scores, batch_stats, goes_on = time.monotonic(), None, state.batch_stats, True
     if evaluates:
         failpoint("before an evaluation")
         try:
             batch_stats = _fresh_batch_stats(setup, state)
             failpoint("in an evaluation")
-            scores = _validate(setup, state, batch_stats, should_stop)
+            scores = _validate(setup, state.eval_params, batch_stats, should_stop)
             row = {f"eval/{name}": score for name, score in scores.items()}
             writer.write(step, row | {"eval/seconds": time.monotonic() - start})
         except signals.Stopped:
@@ -269,8 +270,7 @@ def fit(setup: TrainingSetup, workdir: Path, checkpoints: Checkpoints, timeline:
     seconds = time.monotonic() - start
     timeline.lap("fit")
     print(timeline)
-    state = dataclasses.replace(setup.initial, params=params)
-    scores = _validate(setup, state, network.batch_stats)
+    scores = _validate(setup, params, network.batch_stats)
     row = {f"eval/{name}": score for name, score in scores.items()}
     with RunLog(workdir, 0, total) as writer:
         writer.write(total, {"images_per_second": total * config.batch_size / seconds, **row})
@@ -293,12 +293,12 @@ def _fresh_batch_stats(setup: TrainingSetup, state: TrainState) -> Any:
 
 def _validate(
     setup: TrainingSetup,
-    state: TrainState,
+    params: Any,
     batch_stats: Any,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Returns the scores on the validation split."""
-    network = dataclasses.replace(setup.network, params=state.eval_params, batch_stats=batch_stats)
+    network = dataclasses.replace(setup.network, params=params, batch_stats=batch_stats)
     scores = evaluate(network, setup.validation, should_stop).summary()
     return {name: scores[name] for name in ("loss", "top1", "top5")}
 

@@ -7,6 +7,8 @@ import jax
 import optax
 from optax import contrib
 
+from hccr_jax.models.packing import Packed, pack
+
 MUON_RMS = 0.8  # of the change of a convolution's weights, in units of the learning rate
 
 
@@ -64,7 +66,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Returns the optimiser.
+    """Returns the optimiser of `Packed` parameters.
 
     Args:
       name: "adam", "adamw", "sgd" (Nesterov momentum beta1) or "muon": the weights of a convolution
@@ -79,7 +81,7 @@ def make_optimizer(
     https://arxiv.org/abs/2502.16982.
     """
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    decay = optax.add_decayed_weights(weight_decay, mask=_matrices) if weight_decay > 0 else None
+    decay = _decay_matrices(weight_decay) if weight_decay > 0 else None
     if name == "sgd":
         steps = [decay] * (decay is not None) + [optax.trace(beta1, nesterov=True)]
     else:
@@ -89,8 +91,33 @@ def make_optimizer(
     return optax.chain(*clip, *steps, optax.scale_by_learning_rate(schedule))
 
 
-def _matrices(params: Mapping[str, Any]) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _decay_matrices(rate: float) -> optax.GradientTransformation:
+    """Returns weight decay of all but vectors."""
+
+    def decay(updates: Packed, params: Packed) -> Packed:
+        return jax.tree.map(lambda u, p: u + rate * p, updates, params.matrices())
+
+    return optax.masked(optax.stateless(decay), True)  # whose state is that of former versions
+
+
+def _on_leaves(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimiser of `Packed` parameters from one of pytrees of arrays."""
+
+    def update(updates: Packed, state: Any, params: Packed) -> tuple[Packed, Any]:
+        leaves, state = inner.update(updates.unpack(), state, params.unpack())
+        return pack(leaves), state
+
+    return optax.GradientTransformation(lambda params: inner.init(params.unpack()), update)
+
+
+def _on_vector(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimiser of pytrees of arrays from one of `Packed` parameters."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        packed, state = inner.update(pack(updates), state, pack(params))
+        return packed.unpack(), state
+
+    return optax.GradientTransformation(lambda params: inner.init(pack(params)), update)
 
 
 def _muon_or(other: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -108,4 +135,4 @@ def _muon_or(other: optax.GradientTransformation) -> optax.GradientTransformatio
         return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 4 else "other", params)
 
     muon = optax.chain(muon, optax.stateless_with_tree_map(to_rms))
-    return optax.partition({"muon": muon, "other": other}, label)
+    return _on_leaves(optax.partition({"muon": muon, "other": _on_vector(other)}, label))

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from hccr_jax.inference.pretrained import MEMBER, restore_items
+from hccr_jax.models.packing import unpack_nodes
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
 from hccr_jax.train.setup import TrainingSetup
-from hccr_jax.train.state import TrainState
+from hccr_jax.train.state import TrainState, pack_state
 
 
 def checkpoint_metadata(setup: TrainingSetup) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def checkpoint_items(
 
     Args:
       setup: of the run; its network has the fitted ensemble member, if any.
-      state: the run's.
+      state: the run's, unpacked.
       eval_batch_stats: batch-norm statistics that its parameters are evaluated with.
     """
     progress = {"step": state.step, "batch_stats": state.batch_stats, "opt_state": state.opt_state}
@@ -43,12 +46,13 @@ def restore_state(
     if step is None:
         return setup, setup.initial
     check_classes(checkpoints.metadata(step)["classes"], setup.train.classes, checkpoints.folder)
-    abstract_items = checkpoint_items(setup, setup.initial, setup.initial.batch_stats)
+    initial = jax.eval_shape(unpack_nodes, setup.initial)
+    abstract_items = checkpoint_items(setup, initial, initial.batch_stats)
     placement = sharding.replicated(setup.network.mesh)
     items = restore_items(checkpoints, step, abstract_items, placement)
     print(f"resuming at step {step}")
-    name = "params" if setup.initial.average_params is None else "average_params"
-    seed, params = setup.initial.seed, {name: items["params"]}
+    name = "params" if initial.average_params is None else "average_params"
+    params = {name: items["params"]}
     network = setup.network.with_member_params(items[MEMBER])
-    state = TrainState(seed=seed, **params, **items["progress"])
-    return dataclasses.replace(setup, network=network), state
+    state = TrainState(seed=setup.initial.seed, **params, **items["progress"])
+    return dataclasses.replace(setup, network=network), pack_state(setup.initial, state)

@@ -22,6 +22,7 @@ from hccr_jax.evaluation.evaluate import read_outputs
 from hccr_jax.inference.network import Network, create_network
 from hccr_jax.inference.pretrained import NORMAL_FORM, Pretrained, load_pretrained
 from hccr_jax.inference.steps import make_logits_step, to_float
+from hccr_jax.ops import target
 from hccr_jax.runtime import distributed, sharding
 from hccr_jax.runtime.checkpoints import check_classes
 from hccr_jax.runtime.failpoints import failpoint
@@ -97,8 +98,8 @@ def create_training_setup(
         network = _start(network, config, train)
     train, teacher = _add_teacher(config, train)
     train, augment = _create_augment(config, train)
-    optimizer, schedule = _create_optimizer(config, steps)
-    options = _step_options(config, teacher, train)
+    optimizer, schedule = create_optimizer(config, steps)
+    options = step_options(config, network.mesh.size, teacher, train.teacher_logits is not None)
     train_step = make_train_step(network.apply, optimizer, augment, network.mesh, options)
     batches = _create_batches(config, train, network.mesh)
     initial = _create_initial_state(config, network, optimizer)
@@ -122,7 +123,11 @@ def create_training_setup(
     )
 
 
-def _step_options(config: ConfigDict, teacher: Network | None, train: Split) -> StepOptions:
+def step_options(
+    config: ConfigDict, num_devices: int, teacher: Network | None = None,
+    has_teacher_logits: bool = False,
+) -> StepOptions:  # fmt: skip
+    """Returns how the training step of a config computes on some devices."""
     is_uniform = None
     if config.loss.mirrored_as_uniform:
         is_uniform = make_is_mirrored(augment_options(config))
@@ -133,13 +138,13 @@ def _step_options(config: ConfigDict, teacher: Network | None, train: Split) -> 
         teacher_temperature=config.teacher.temperature,
         batch_norm_momentum=config.model.batch_norm_momentum,
         batch_norm_ramp=config.model.batch_norm_ramp,
-        global_batch_norm=config.model.batch_norm == "global",
+        global_batch_norm=config_lib.batch_norm(config, num_devices) == "global",
         accumulation_steps=config.gradient_accumulation_steps,
         reduce_dtype=jnp.dtype(config.reduce_dtype),
         strict_shards=config_lib.strict_shards(config),
         average_decay=config.optimizer.average_decay,
         teacher=teacher.apply_ensemble if teacher else None,
-        has_teacher_logits=train.teacher_logits is not None,
+        has_teacher_logits=has_teacher_logits,
         is_uniform=is_uniform,
     )
 
@@ -197,7 +202,7 @@ def attach_mqdf(pretrained: Pretrained, weight: float) -> Pretrained:
     return dataclasses.replace(pretrained, config=config, network=_fit_member(network, train))
 
 
-def _create_optimizer(
+def create_optimizer(
     config: ConfigDict, steps: Steps
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimiser of a config, and its learning rate by step."""
@@ -298,4 +303,4 @@ def augment_once(split: Split, augment: Augment, seed: int) -> Split:
 
 def steps_per_execution(config: ConfigDict) -> int:
     """Returns the most steps of a chunk; automatic: enough to hide the host from an accelerator."""
-    return config.steps_per_execution or (1 if jax.default_backend() == "cpu" else 50)
+    return config.steps_per_execution or (1 if target.is_cpu() else 50)

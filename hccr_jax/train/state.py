@@ -7,18 +7,23 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from hccr_jax.models.packing import Packed, pack, pack_like, unpack_nodes
+
 
 @struct.dataclass
 class TrainState:
     """One training run at one moment; a pytree.
 
+    It is packed, each field one vector, except where a checkpoint or an evaluation needs its arrays
+    (`unpack_state`).
+
     Attributes:
       step: int32 scalar, updates done.
       seed: uint32 scalar, of the run. An argument of the compiled programs and no part of them, so
         that runs of other seeds need no compilation of their own.
-      params: nested dict of float32 arrays.
-      batch_stats: nested dict, running averages of the batch-norm statistics.
-      opt_state: the optimiser's.
+      params: `Packed`, or a nested dict of float32 arrays.
+      batch_stats: like params, running averages of the batch-norm statistics.
+      opt_state: the optimiser's; what it keeps of each parameter is like params.
       average_params: a moving average of params, None where none is kept.
     """
 
@@ -42,14 +47,35 @@ def create_train_state(
     averages_params: bool = False,
     seed: int = 0,
 ) -> TrainState:
-    """Returns the state before the first step."""
-    step = jnp.zeros((), jnp.int32)
-    # Compiled as one program: leaf by leaf, JAX would compile one for each shape.
-    opt_state = jax.jit(optimizer.init)(params)
-    # A copy: the step gives up the memory of both.
-    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
-    average = copy(params) if averages_params else None
-    return TrainState(step, jnp.uint32(seed), params, batch_stats, opt_state, average)
+    """Returns the state before the first step, packed.
+
+    Args:
+      params, batch_stats: pytrees of float32 arrays.
+      optimizer: from `optim.make_optimizer`.
+      averages_params: whether a moving average of params is kept.
+      seed: of the run.
+    """
+
+    @jax.jit  # as one program: array by array, JAX would compile one for each shape
+    def create(params: Any, batch_stats: Any) -> tuple[Packed, Packed, Any, Packed | None]:
+        packed = pack(params)
+        # A copy: the step gives up the memory of both.
+        average = jax.tree.map(jnp.copy, packed) if averages_params else None
+        return packed, pack(batch_stats), optimizer.init(packed), average
+
+    return TrainState(jnp.zeros((), jnp.int32), jnp.uint32(seed), *create(params, batch_stats))
+
+
+@jax.jit
+def unpack_state(state: TrainState) -> TrainState:
+    """Returns a packed state with pytrees of arrays, new ones, in place of the vectors."""
+    return unpack_nodes(state)
+
+
+@jax.jit
+def pack_state(like: TrainState, state: TrainState) -> TrainState:
+    """Returns the state that `unpack_state` made `state` of; `like` is another such state."""
+    return pack_like(like, state)
 
 
 def average_statistics(

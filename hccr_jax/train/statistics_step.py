@@ -13,7 +13,7 @@ from hccr_jax.models.functional import Apply
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.sharding import DATA_AXIS
 from hccr_jax.train.augment import Augment
-from hccr_jax.train.step import reduce_in_order, stack_microbatches
+from hccr_jax.train.strict_sums import reduce_in_order, stack_microbatches
 
 
 def make_statistics_step(

@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from hccr_jax.inference.steps import to_float
 from hccr_jax.models.functional import Apply
+from hccr_jax.models.packing import Packed
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
 from hccr_jax.runtime.sharding import DATA_AXIS
 from hccr_jax.train import losses
 from hccr_jax.train.augment import Augment, IsMirrored
 from hccr_jax.train.state import TrainState, average_params, average_statistics
+from hccr_jax.train.strict_sums import reduce_in_order, stack_microbatches
 
 NEVER = 2**31 - 1
 
@@ -84,12 +87,20 @@ class Batch(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Gradients, mean loss, accuracy and batch statistics, or a microbatch's addends of them."""
+    """Gradients, batch statistics, mean loss and accuracy of a batch."""
 
-    gradients: Any
+    gradients: Packed
+    batch_stats: Packed
     loss: jax.Array
     accuracy: jax.Array
-    batch_stats: Any
+
+    @classmethod
+    def of(cls, vector: jax.Array, state: TrainState) -> "Results":
+        """Returns the parts of a vector, the sum of those of `loss_and_grads`."""
+        params, batch_stats = state.params.layout, state.batch_stats.layout
+        ends = [params.size, params.size + batch_stats.size]
+        first, second, (loss, accuracy) = jnp.split(vector, ends)
+        return cls(Packed(first, params), Packed(second, batch_stats), loss, accuracy)
 
 
 def make_train_step(
@@ -123,9 +134,11 @@ def make_train_step(
         )  # fmt: skip
         if options.strict_shards:
             stacked = stack_microbatches(grads_of, batch, num_microbatches, state.step)
-            results = reduce_in_order(stacked)
+            sums = reduce_in_order(stacked)
         else:
-            results = reduce(accumulate(grads_of, batch, num_microbatches), options)
+            sums = accumulate(grads_of, batch, num_microbatches)
+            sums = reduce(sums, state.params.layout.size, options.reduce_dtype)
+        results = Results.of(sums, state)
         new = apply_update(optimizer, options, state, results)
         return guard_finite(state, new, results)
 
@@ -156,8 +169,8 @@ def loss_and_grads(
     state: TrainState,
     teacher_variables: Any,
     batch: Batch,
-) -> Results:
-    """Returns what one microbatch on one device adds to the results of the whole batch."""
+) -> jax.Array:
+    """Returns what one microbatch on one device adds to `Results`, as one vector."""
     weight = 1.0 / (lax.axis_size(DATA_AXIS) * num_microbatches)  # of its mean in the batch's
     inputs = augment(batch.augment_keys, to_float(batch.images))[..., None]
     uniform_target = options.is_uniform(batch.augment_keys) if options.is_uniform else None
@@ -167,9 +180,11 @@ def loss_and_grads(
     if options.teacher:
         teacher_logits, _ = options.teacher(*teacher_variables, inputs)
 
+    old_stats = state.batch_stats.unpack()
+
     def loss_fn(params: Any):
         logits, batch_stats = apply(
-            params, state.batch_stats, inputs, True, batch.dropout_keys, options.norm_axis
+            params, old_stats, inputs, True, batch.dropout_keys, options.norm_axis, state.params
         )
         row_losses = losses.training_loss(
             logits,
@@ -183,15 +198,22 @@ def loss_and_grads(
         )
         return row_losses.mean() * weight, (logits, batch_stats)
 
+    # Of the arrays, and packed afterwards: the gradient of a slice is a whole vector of zeros.
     (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params
+        state.params.unpack()
     )
     correct = losses.is_correct(logits, batch.labels, uniform_target)
     accuracy = correct.mean(dtype=jnp.float32) * weight
-    # Global statistics are the same on all devices, others are added up like gradients.
-    stats_weight = 1.0 / num_microbatches if options.norm_axis else weight
-    batch_stats = jax.tree.map(lambda leaf: leaf * stats_weight, batch_stats)
-    return Results(gradients, loss, accuracy, batch_stats)
+    batch_stats = jax.tree.map(lambda leaf: leaf * weight, batch_stats)
+    vector = jnp.concatenate(
+        [
+            *state.params.layout.parts(gradients),
+            *state.batch_stats.layout.parts(batch_stats),
+            jnp.stack([loss, accuracy]),
+        ]
+    )
+    # Or XLA puts the parts together again in each kernel that reads them.
+    return lax.optimization_barrier(vector)
 
 
 def accumulate(compute: Callable[[Any], Any], batch: Any, num_microbatches: int) -> Any:
@@ -215,51 +237,18 @@ def accumulate(compute: Callable[[Any], Any], batch: Any, num_microbatches: int)
     )
 
 
-def reduce(results: Results, options: StepOptions) -> Results:
-    """Returns the sum over devices."""
-    gradients, loss, accuracy, batch_stats = results
-    gradients = jax.tree.map(lambda leaf: leaf.astype(options.reduce_dtype), gradients)
-    gradients, loss, accuracy = lax.psum((gradients, loss, accuracy), DATA_AXIS)
-    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
-    if not options.norm_axis:
-        batch_stats = lax.psum(batch_stats, DATA_AXIS)
-    return Results(gradients, loss, accuracy, batch_stats)
-
-
-def stack_microbatches(
-    compute: Callable[[Any], Any], batch: Any, num_microbatches: int, step: jax.Array
-) -> Any:
-    """Returns the results of a device's microbatches, one after the other, along a new first axis.
+def reduce(sums: jax.Array, num_gradients: int, dtype: Any) -> jax.Array:
+    """Returns the sum over devices, in one reduction; in two where gradients have their own dtype.
 
     Args:
-      compute, num_microbatches: as for `accumulate`.
-      batch: a pytree of arrays (B, …); a microbatch is consecutive rows.
-      step: int scalar, not negative.
+      sums: of a device, from `accumulate`; first the gradients.
+      num_gradients: how many.
+      dtype: in which gradients are added up.
     """
-
-    def one(index: Any) -> Any:
-        return compute(
-            jax.tree.map(lambda a: a.reshape(num_microbatches, -1, *a.shape[1:])[index], batch)
-        )
-
-    empty = jax.tree.map(
-        lambda x: jnp.zeros((num_microbatches, *x.shape), x.dtype), jax.eval_shape(one, 0)
-    )
-    # The compiler cannot know this number, so that it compiles the same loop for any.
-    count = jnp.where(step < 0, 0, num_microbatches)
-    return lax.fori_loop(
-        0,
-        count,
-        lambda index, stack: jax.tree.map(lambda a, x: a.at[index].set(x), stack, one(index)),
-        empty,
-    )
-
-
-def reduce_in_order(stacked: Any) -> Any:
-    """Returns the sum of all devices' microbatches, added in their order, whatever their layout."""
-    stacked = lax.all_gather(stacked, DATA_AXIS, tiled=True)
-    sums = jax.tree.map(lambda leaf: functools.reduce(jnp.add, list(leaf)), stacked)
-    return lax.optimization_barrier(sums)
+    if dtype == jnp.float32:
+        return lax.psum(sums, DATA_AXIS)
+    gradients = lax.psum(sums[:num_gradients].astype(dtype), DATA_AXIS).astype(jnp.float32)
+    return jnp.concatenate([gradients, lax.psum(sums[num_gradients:], DATA_AXIS)])
 
 
 def apply_update(
@@ -321,18 +310,19 @@ def make_train_chunk(
         state: TrainState, num_steps: jax.Array, arrays: tuple[jax.Array, ...], *teaching: Any
     ):
         def one_step(index, carry):
-            state, sums = carry
+            state, sums, first_bad = carry
             state, metrics = step(state, *get_batch(arrays, index), *teaching)
-            first_bad = jnp.minimum(sums["first_bad"], metrics["first_bad"])
-            sums = jax.tree.map(jnp.add, sums, metrics)
-            return state, sums | {"first_bad": first_bad}
+            first_bad = jnp.minimum(first_bad, metrics.pop("first_bad"))
+            return state, sums + ravel_pytree(metrics)[0], first_bad
 
         if max_steps == 1:
             return step(state, *get_batch(arrays, 0), *teaching)
         batch = jax.eval_shape(lambda: get_batch(arrays, 0))
         metrics = jax.eval_shape(step, state, *batch, *teaching)[1]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
-        zeros["first_bad"] = jnp.int32(NEVER)
-        return lax.fori_loop(0, num_steps, one_step, (state, zeros))
+        zeros = {name: jnp.zeros(()) for name in metrics if name != "first_bad"}
+        vector, restore = ravel_pytree(zeros)
+        carry = state, vector, jnp.int32(NEVER)
+        state, sums, first_bad = lax.fori_loop(0, num_steps, one_step, carry)
+        return state, restore(sums) | {"first_bad": first_bad}
 
     return train_chunk

@@ -15,7 +15,12 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from hccr_jax.ops import native
-from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train, batch_statistics
+from hccr_jax.ops.batch_norm import (
+    batch_norm,
+    batch_norm_train,
+    batch_statistics,
+    one_pass_statistics,
+)
 from hccr_jax.ops.depthwise import depthwise_conv, grouped_conv, shifted_sum
 from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
 from hccr_jax.ops.pointwise import pointwise_conv
@@ -445,3 +450,12 @@ names = "(depthwise_block or batch_norm_train or pointwise) and float64 or gradi
 sys.exit(pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", names, sys.argv[1]]))
 """
     finish(start(script, __file__))
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, -1000.0])
+def test_statistics_in_one_pass_agree_with_float64(mean):
+    x = np.random.default_rng(0).normal(mean, 2.0, (7, 5, 5, 24)).astype(np.float32)
+    ours_mean, ours_variance = one_pass_statistics(jnp.array(x))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(ours_mean, exact.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours_variance, exact.var((0, 1, 2)), rtol=2e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hccr_jax.config import RULES
+from hccr_jax.models.packing import pack
 from hccr_jax.train.optim import MUON_RMS, make_optimizer, make_schedule
 
 
@@ -97,11 +98,11 @@ def optimize(optimizer, gradients) -> dict[str, np.ndarray]:
             updates, state = optimizer.update(gradient, state, params)
             return jax.tree.map(jnp.add, params, updates), state
 
-    params = jax.tree.map(jnp.array, some_params())
+    params = pack(some_params())
     state = optimizer.init(params)
     for gradient in gradients:
-        params, state = step(params, state, gradient)
-    return params
+        params, state = step(params, state, pack(gradient))
+    return params.unpack()
 
 
 def assert_near(ours: dict, exact: dict) -> None:
@@ -152,9 +153,10 @@ def test_muon_changes_a_convolution_by_the_nearest_orthogonal_matrix(shape):
     # The first gradient is all of the momentum there is.
     filters, gradient = rng.normal(size=(2, *shape)).astype(np.float32)
     optimizer = make_optimizer("muon", lambda step: 0.1, weight_decay=0.2)
-    params = {"conv": jnp.array(filters)}
+    params = pack({"conv": filters})
     with jax.numpy_dtype_promotion("standard"):
-        update = optimizer.update({"conv": gradient}, optimizer.init(params), params)[0]["conv"]
+        update = optimizer.update(pack({"conv": gradient}), optimizer.init(params), params)[0]
+    update = update.unpack()["conv"]
     rows, columns = filters.size // shape[3], shape[3]
     change = (np.asarray(update) + 0.1 * 0.2 * filters).reshape(rows, columns)
     left, _, right = np.linalg.svd(gradient.reshape(rows, columns), full_matrices=False)
@@ -165,13 +167,13 @@ def test_muon_changes_a_convolution_by_the_nearest_orthogonal_matrix(shape):
 
 
 def test_every_name_is_an_optimizer_of_its_own():
-    params = {"conv": jnp.array(np.random.default_rng(3).normal(size=(1, 1, 3, 4)), jnp.float32)}
+    params = pack({"conv": np.random.default_rng(3).normal(size=(1, 1, 3, 4))})
     updates = {}
     for name in RULES["optimizer.name"].words:
         optimizer = make_optimizer(name, lambda step: 0.1, weight_decay=0.2)
         with jax.numpy_dtype_promotion("standard"):
-            update = optimizer.update(params, optimizer.init(params), params)[0]["conv"]
-        updates[name] = np.asarray(update).round(4).tobytes()
+            update = optimizer.update(params, optimizer.init(params), params)[0]
+        updates[name] = np.asarray(update.vector).round(4).tobytes()
     assert len(set(updates.values())) == len(updates) == 4
 
 

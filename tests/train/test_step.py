@@ -16,6 +16,7 @@ from hccr_jax.inference.steps import to_float
 from hccr_jax.models.blocks import InvertedResidual
 from hccr_jax.models.functional import split_model
 from hccr_jax.models.layers import Classifier, ConvNorm
+from hccr_jax.models.packing import pack
 from hccr_jax.models.registry import create_model
 from hccr_jax.ops.cross_entropy import cross_entropy
 from hccr_jax.runtime.rng import AUGMENT, DROPOUT, row_keys
@@ -152,8 +153,8 @@ def test_a_step_descends_the_gradient_of_the_mean_loss(descent):
     accuracy = (np.argmax(logits, 1) == labels).mean()
     assert (metrics.pop("skipped"), metrics.pop("first_bad")) == (0.0, NEVER)
     assert_near(metrics, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm})
-    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
-    assert_near(state.batch_stats, statistics)
+    assert_near(state.params.unpack(), jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats.unpack(), statistics)
     assert state.step == 1
 
 
@@ -185,7 +186,7 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
     def noise(keys, images):
         return jnp.zeros_like(images) + draw(keys)[:, None, None]
 
-    def network(params, batch_stats, images, train, dropout_keys, axis_name):
+    def network(params, batch_stats, images, train, dropout_keys, axis_name, packed):
         statistics = {"augment": images[:, 0, 0, 0], "dropout": draw(dropout_keys)}
         statistics = jax.lax.all_gather(statistics, axis_name, tiled=True)
         return jnp.zeros((len(images), NUM_CLASSES)) + params[None], statistics
@@ -201,7 +202,8 @@ def test_augmentation_and_dropout_draw_with_their_rows_keys_of_this_step(devices
         for name, stream in (("augment", AUGMENT), ("dropout", DROPOUT)):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), stream), count)
             expected = [float(jax.random.uniform(jax.random.fold_in(key, row))) for row in range(8)]
-            np.testing.assert_allclose(state.batch_stats[name], expected, rtol=1e-6)
+            statistics = state.batch_stats.unpack()
+            np.testing.assert_allclose(statistics[name], expected, rtol=1e-6)
 
 
 def test_another_seed_is_the_same_program():
@@ -246,8 +248,8 @@ def test_accumulation_averages_the_gradients_of_its_microbatches(devices):
     step = make_train_step(apply, optimizer, as_they_are, mesh_of(devices), options)
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(devices)), images, labels)
     assert_near(metrics["loss"], loss)
-    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
-    assert_near(state.batch_stats, statistics)
+    assert_near(state.params.unpack(), jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats.unpack(), statistics)
 
 
 @pytest.mark.parametrize("options", [{"strict_shards": 4}, {"global_batch_norm": False}])
@@ -261,8 +263,8 @@ def test_microbatches_with_statistics_of_their_own_are_averaged(options):
     step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), StepOptions(**options))
     state, metrics = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
     assert_near(metrics["loss"], loss)
-    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
-    assert_near(state.batch_stats, statistics)
+    assert_near(state.params.unpack(), jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.batch_stats.unpack(), statistics)
 
 
 def test_a_strict_step_has_the_same_bits_on_any_number_of_devices():
@@ -280,7 +282,9 @@ def test_a_strict_step_has_the_same_bits_on_any_number_of_devices():
         return (
             state,
             metrics,
-            count(state.params, state.batch_stats, images, jnp.int32(2), state.seed),
+            count(
+                state.params.unpack(), state.batch_stats.unpack(), images, jnp.int32(2), state.seed
+            ),
         )
 
     alone = run(1)
@@ -297,8 +301,7 @@ def test_gradients_added_up_in_bfloat16_have_its_precision():
         options = StepOptions(reduce_dtype=dtype)
         step = make_train_step(apply, optimizer, as_they_are, mesh_of(4), options)
         state, _ = step(fresh(params, batch_stats, optimizer, mesh_of(4)), images, labels)
-        difference = jax.tree.map(lambda old, new: old - new, params, state.params)
-        gradients.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(difference)]))
+        gradients.append(pack(params).vector - state.params.vector)
     exact, rounded = gradients
     assert 0 < np.linalg.norm(rounded - exact) < 2**-7 * np.linalg.norm(exact)
 
@@ -311,7 +314,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(descent):
     state, metrics = step(before.replace(step=jnp.int32(7)), images, labels)
     assert state.step == 8
     jax.tree.map(
-        np.testing.assert_array_equal, (state.params, state.batch_stats), (bad, batch_stats)
+        np.testing.assert_array_equal,
+        (state.params.unpack(), state.batch_stats.unpack()),
+        (bad, batch_stats),
     )
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 0, "accuracy": 0, "gradient_norm": 0, "skipped": 1, "first_bad": 7,
@@ -409,22 +414,19 @@ def test_a_step_descends_the_gradient_of_labels_and_teacher(distilled):
     state, metrics = steps[4](state, images, labels, tuple(teacher))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], (exact.argmax(1) == labels).mean())
-    assert_near(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
+    assert_near(state.params.unpack(), jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients))
 
 
 def test_the_average_of_the_weights_follows_its_recursion(distilled):
     images, labels = make_batch(16)
     (_, params, batch_stats), (_, *teacher), optimizer, steps = distilled
     state = fresh(params, batch_stats, optimizer, mesh_of(1), averages=True)
-    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    exact = np.asarray(pack(params).vector, np.float64)
     for t in range(6):
         state, _ = steps[1](state, images, labels, tuple(teacher))
         keep = min(AVERAGE_DECAY, (t + 1) / (t + 10))  # the latter in the first three steps
-        exact = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, exact, state.params)  # noqa: B023
-        jax.tree.map(
-            lambda ours, exact: np.testing.assert_allclose(ours, exact, atol=1e-6),
-            state.average_params, exact,
-        )  # fmt: skip
+        exact = keep * exact + (1 - keep) * np.asarray(state.params.vector, np.float64)
+        np.testing.assert_allclose(state.average_params.vector, exact, atol=1e-6)
     assert state.eval_params is state.average_params
     plain = fresh(params, batch_stats, optimizer, mesh_of(1))
     assert plain.average_params is None
