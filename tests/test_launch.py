@@ -38,6 +38,26 @@ def start_local(flags: list[str], workdir: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--parts=z", "--parts=e", "--python=nowhere", "--unknown"])
+def test_gpu_refuses_a_wrong_request(flag: str, tmp_path: Path) -> None:
+    command = [LAUNCH / "gpu.sh", f"--output={tmp_path / 'results'}", flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", "acdeg")  # b needs PyTorch, f is a sweep as in e
+def test_gpu_tries_its_parts_on_a_cpu(part: str, tmp_path: Path) -> None:
+    command = [LAUNCH / "gpu.sh", "--dry_run", f"--parts={part}", f"--output={tmp_path}"]
+    done = subprocess.run([*command, f"--python={sys.executable}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert summary
+    assert all(line.endswith("done") for line in summary)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_environment(), reason="no .venv: it would be made")
 def test_local_passes_a_signal_on_and_all_processes_stop_at_the_same_step(
