@@ -13,6 +13,7 @@ A folder that holds the archives, or unpacked .gnt files, works as well: --archi
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,12 +90,14 @@ def run(values: SimpleNamespace) -> None:
     print(_summary(prepared, time.monotonic() - start))
     for fault in prepared.manifest.get("faults", []):
         print(f"warning: {fault}", file=sys.stderr)
+    if shared := _shared_writers(prepared.manifest):
+        print(f"warning: writers in more than one split: {shorten(shared, ', ')}", file=sys.stderr)
     for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
         print(f"warning: are the tags right? {doubt}", file=sys.stderr)
 
 
 def _summary(prepared: Any, seconds: float) -> str:
-    from hccr_jax.data.casia.divisions import UNKNOWN_WRITER
+    from hccr_jax.data.casia.divisions import SPLITS, UNKNOWN_WRITER
 
     manifest = prepared.manifest
     done = f"made in {seconds:.1f} s" if prepared.is_new else "already made from these archives"
@@ -106,6 +109,8 @@ def _summary(prepared: Any, seconds: float) -> str:
         writers = "unknown" if UNKNOWN_WRITER in names else f"{len(names)}"
         classes = len(manifest["characters_per_class"][split])
         lines.append(f"  {split:<10} {count:>9,} characters, {writers} writers, {classes} classes")
+    for split in (split for split in SPLITS if split not in manifest["characters_per_split"]):
+        lines.append(f"  {split:<10} none: training needs it: give more images of each character")
     if manifest.get("validation_by_record"):
         lines.append(
             "  validation is a tenth of each class: there are no two training writers to divide"
@@ -117,6 +122,17 @@ def _summary(prepared: Any, seconds: float) -> str:
             f"  {len(missing):,} of the charset without training images: {shorten(missing, ' ')}"
         )
     return "\n".join(lines)
+
+
+def _shared_writers(manifest: dict[str, Any]) -> list[str]:
+    """Returns the writers of more than one split; a network is to be tested on other people's."""
+    from hccr_jax.data.casia.divisions import UNKNOWN_WRITER
+
+    writers = manifest["characters_per_writer"]
+    if manifest.get("validation_by_record"):
+        writers = {split: names for split, names in writers.items() if split != "validation"}
+    times = Counter(name for names in writers.values() for name in names)
+    return [name for name, count in times.items() if count > 1 and name != UNKNOWN_WRITER]
 
 
 def _paths(names: Sequence[str] | None) -> list[Path]:

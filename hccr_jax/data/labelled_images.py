@@ -19,6 +19,7 @@ from hccr_jax.data.picture_lists import Picture, list_csv, list_folder
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.paths import shown
 
+_SHOWN_FAULTS = 3
 _CHARSETS = {"level1": charset.level1, "chinese": charset.chinese}
 
 
@@ -63,10 +64,11 @@ def list_pictures(path: str | Path, faults: list[str], on_skip: OnFault) -> list
         raise InputError(f"{path}: no such folder or CSV file")
     labelled = _read(root, found, faults)
     if not labelled:
-        reasons = f": {shorten(faults)}" if faults else ""
+        reasons = f": {shorten(faults, limit=_SHOWN_FAULTS)}" if faults else ""
         raise InputError(
-            f"{path}: no usable picture{reasons}; {', '.join(SUFFIXES)} files are needed, in "
-            f"folders named by their character"
+            f"{shown(path)}: no usable picture{reasons}; needed are {', '.join(SUFFIXES)} files, "
+            f"in folders named by their character (永 or U+6C38), or a CSV file that lists them; "
+            f".gnt files are for --archives"
         )
     members = [
         Member(

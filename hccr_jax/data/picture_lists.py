@@ -10,6 +10,7 @@ from typing import NamedTuple
 from hccr_jax.data.casia.charset import parse_character
 from hccr_jax.data.casia.divisions import SPLITS, find_split, split_of
 from hccr_jax.data.casia.gnt import OnFault
+from hccr_jax.data.casia.zip_entries import FOREIGN
 from hccr_jax.data.images.files import SUFFIXES
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.paths import shown, walk
@@ -88,9 +89,12 @@ def list_csv(path: Path, faults: list[str]) -> Iterator[Picture]:
                 place = f"{shown(path)}, line {rows.line_num}"
                 yield from _picture_of_row(path.parent, place, names, row, faults)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{shown(path)}: not a CSV file in UTF-8: {error}: save it as UTF-8"
-        ) from error
+        kind = path.suffix.lower()
+        if kind in SUFFIXES or kind in FOREIGN:
+            remedy = "give a folder of pictures, unpacked, or a CSV file that lists them"
+        else:
+            remedy = "save it as CSV in UTF-8"
+        raise InputError(f"{shown(path)}: not a CSV file in UTF-8 ({error}): {remedy}") from error
     except OSError as error:
         raise InputError(f"{shown(path)}: cannot be read: {error.strerror}") from error
 

@@ -108,12 +108,14 @@ class CasiaHwdb(FileReaderBuilder):
             labelled_images.check_faults(self._faults)
         archives = shorten(sorted({member.archive for member in self._members}), ", ")
         if not trained:
-            kind = "character of the charset" if self._characters else "level-1 character"
             if any(shard.swapped for shard in shards if shard.split == "train"):
                 hint = "are the two bytes of each tag swapped? CASIA has the high byte first"
+            elif any(member.character for member in self._members):
+                hint = "pictures of it are needed that are not for the test"
             else:
                 hint = "the archives of the training writers are needed"
-            raise InputError(f"{archives}: no {kind} of a training writer: {hint}")
+            kind = "character of the charset" if self._characters else "level-1 character"
+            raise InputError(f"{archives}: no {kind} to train on: {hint}")
         if len(trained) < 2:
             raise InputError(
                 f"{archives}: {next(iter(trained))} is the only character with training images: "

@@ -1,9 +1,10 @@
 """Archives and CSV files as people have them: joined, packed on Windows, exported from Excel."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
-from test_archives import origins, write_zip
+from test_archives import MEMBER, origins, write_zip
 from test_labelled_images import picture, save
 from test_prepare import member
 
@@ -70,6 +71,26 @@ def test_members_of_a_zip_packed_on_windows(tmp_path: Path) -> None:
         assert len(list(archives.read_member(found))) == 1
 
 
+class NamedInGbk(zipfile.ZipInfo):
+    """An entry as Chinese Windows packs it: its name in GBK, without the flag of UTF-8."""
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode("gbk"), self.flag_bits & ~0x800
+
+
+def test_folders_in_a_zip_named_in_gbk(tmp_path: Path) -> None:
+    path = tmp_path / "casia" / "mine.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("测试集/1001-c.gnt", "训练集/甲.gnt", "训练集/1241-c.gnt"):
+            archive.writestr(NamedInGbk(name), MEMBER)
+    found = archives.list_members([path])
+    assert [(m.split, m.writer) for m in found] == [
+        *(("test", "1001"), ("train", "1241"), ("train", "甲"))
+    ]
+    assert all(len(list(archives.read_member(m))) == 1 for m in found)
+
+
 def test_shadows_of_macos_in_a_zip(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "HWDB1.1trn_gnt.zip", "a/1001-c.gnt", "a/._1001-c.gnt")
     assert [row[1] for row in origins(path)] == ["1001"]
@@ -84,6 +105,7 @@ def test_shadows_of_macos_in_a_zip(tmp_path: Path) -> None:
         ("HWDB1.1trn_gnt.alz", "unpack it with `unalz`"),
         ("1001.pot", "pen strokes .* not images: take HWDB's archives"),
         ("001-P16.dgrl", "pages of text, not characters"),
+        ("Gnt1.1Test.zip.part", "an unfinished download: wait for it"),
         ("1001.mpf", r"features \(.mpf\), not images"),
     ],
 )
@@ -129,8 +151,42 @@ def test_csv_files_of_spreadsheets(text: str, tmp_path: Path) -> None:
 def test_a_csv_file_in_another_encoding_is_refused_with_a_remedy(tmp_path: Path) -> None:
     save(tmp_path / "a.png", picture(0))
     for encoding in ("gbk", "utf-16"):
-        with pytest.raises(InputError, match=r"not a CSV file in UTF-8: .*: save it as UTF-8"):
+        with pytest.raises(
+            InputError, match=r"not a CSV file in UTF-8 .*: save it as CSV in UTF-8"
+        ):
             pictures_of(tmp_path / "list.csv", "path,character\na.png,永\n", encoding)
+
+
+@pytest.mark.parametrize("name", ["mine.zip", "0.png"])
+def test_pictures_from_a_file_that_is_no_list(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\xde\xad\xbe\xef")
+    with pytest.raises(InputError, match="give a folder of pictures, unpacked, or a CSV file"):
+        prepare([], tmp_path / "data", "mine", pictures=tmp_path / name)
+
+
+def test_pictures_and_archives_mistaken_for_each_other(tmp_path: Path) -> None:
+    save(tmp_path / "casia" / "一" / "0.png", picture(0))
+    with pytest.raises(InputError, match=r"no \.gnt member found; pictures are for --pictures"):
+        prepare([tmp_path / "casia"], tmp_path / "data")
+    (tmp_path / "casia" / "一" / "0.png").rename(tmp_path / "casia" / "1001-c.gnt")
+    with pytest.raises(InputError, match=r"no usable picture.* \.gnt files are for --archives"):
+        prepare([], tmp_path / "data", "mine", pictures=tmp_path / "casia")
+
+
+def test_missing_splits_and_shared_writers_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["path,character,writer,split"]
+    for number, split in enumerate(("train", "train", "val", "val")):
+        save(tmp_path / f"{number}.png", picture(number))
+        rows.append(f"{number}.png,{'一丁'[number % 2]},anna,{split}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    flags = [f"--pictures={tmp_path / 'list.csv'}", f"--data_dir={tmp_path / 'data'}"]
+    assert main(["prepare", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "test       none: training needs it: give more images of each character" in out
+    assert "validation none" not in out
+    assert "warning: writers in more than one split: anna" in err
 
 
 def test_a_data_set_of_one_class_is_refused(tmp_path: Path) -> None:

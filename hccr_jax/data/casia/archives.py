@@ -24,6 +24,7 @@ from hccr_jax.data.casia.zip_entries import (
     UnusableFileError,
     has_control_characters,
     list_gnt_entries,
+    readable_name,
     shown_name,
 )
 from hccr_jax.errors import InputError
@@ -106,7 +107,9 @@ def list_members(paths: Sequence[str | Path], on_fault: gnt.OnFault | None = Non
                     raise
                 on_fault(f"unusable file {file.name}", error.num_bytes)
     if not members:
-        raise InputError(f"{', '.join(map(str, paths))}: no .gnt member found")
+        raise InputError(
+            f"{', '.join(map(str, paths))}: no .gnt member found; pictures are for --pictures"
+        )
     _check_writers(members)
     return sorted(members, key=lambda member: (member.split, member.writer, member.source))
 
@@ -219,7 +222,8 @@ def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> li
     members = []
     for entry, fault in list_gnt_entries(file):
         if not fault:
-            members.append(_member(file, entry.filename, names, entry.file_size, entry.CRC))
+            member = _member(file, readable_name(entry), names, entry.file_size, entry.CRC)
+            members.append(dataclasses.replace(member, name=entry.filename))
         elif on_fault is None:
             raise InputError(f"{file}: {shown_name(entry)}: {fault}; --on_error=skip skips it")
         else:
@@ -228,7 +232,7 @@ def _members_of_file(root: Path, file: Path, on_fault: gnt.OnFault | None) -> li
 
 
 def _member(file: Path, name: str, names: list[str], num_bytes: int, crc32: int) -> Member:
-    inner = PurePosixPath(name.replace("\\", "/") or file.name)
+    inner = PurePosixPath(name or file.name)
     if number := _WRITER.fullmatch(inner.stem):
         writer = number.group(1)
     elif split_of(inner.stem):  # `1.1train-gb1.gnt`: all writers joined, as in older distributions

@@ -98,9 +98,9 @@ def parse_character(name: str) -> str | None:
     >>> [parse_character(name) for name in ("永", "U+6C38", "#U6c38", "A", "ab", "U+D800", "")]
     ['永', '永', '永', 'A', None, None, None]
     """
-    if code := _CODE.fullmatch(name):
+    if code := _CODE.fullmatch(name.strip()):
         name = chr(int(code[1], 16)) if int(code[1], 16) < 0x110000 else ""
-    name = canonical(name)
+    name = canonical(name.strip())
     return name if len(name) == 1 and is_character(name) else None
 
 

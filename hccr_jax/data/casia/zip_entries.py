@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 from hccr_jax.errors import InputError
+from hccr_jax.paths import shown
 
 # The exceptions of zipfile on damaged bytes; the last three for impossible names and offsets.
 DAMAGE = (
@@ -45,8 +46,13 @@ FOREIGN = {
         (".dgr", ".dgrl"),
         "pages of text, not characters: take the archives with `gnt` in their name",
     ),
+    **dict.fromkeys(
+        (".part", ".partial", ".crdownload", ".download", ".aria2"),
+        "an unfinished download: wait for it, or remove it",
+    ),
     ".zip": "zip archives: unpack it and give the folder",
 }
+_IS_UTF8 = 0x800
 _END_RECORD = b"PK\x05\x06"
 _LOCATOR_OF_ZIP64 = b"PK\x06\x07"
 
@@ -92,6 +98,17 @@ def list_gnt_entries(file: Path) -> list[tuple[zipfile.ZipInfo, str]]:
     _check_sizes(entries, faults, max(_ALWAYS_UNPACKED, _MAX_RATIO * file.stat().st_size))
     pairs = zip(entries, faults, strict=True)
     return [(entry, fault) for entry, fault in pairs if fault or _is_gnt(entry)]
+
+
+def readable_name(entry: zipfile.ZipInfo) -> str:
+    """Returns an entry's name as it was packed on Windows too: with / and with GBK characters."""
+    name = entry.filename.replace("\\", "/")
+    try:
+        # Without its flag of UTF-8, zipfile reads the bytes of a name as code page 437.
+        data = name.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
+    except UnicodeEncodeError:  # from an extra field
+        return name
+    return shown(data.decode("utf-8", "surrogateescape"))
 
 
 def shown_name(entry: zipfile.ZipInfo) -> str:
