@@ -219,7 +219,8 @@ def test_names_that_lead_outside_or_cannot_be_shown_are_refused(tmp_path: Path, 
         (24, "<I", 3009, "1002-c.gnt: cannot be unpacked: 3009 bytes declared, 3010 found"),
         (24, "<I", 2000, "1002-c.gnt: cannot be unpacked: Bad CRC-32"),
         (24, "<I", 0xFFFFFFF0, "'1002-c.gnt': with it the archive unpacks to over 100 times its"),
-        (42, "<I", 9, "'1002-c.gnt': damaged: Bad magic number for file header"),
+        # Before Python 3.13 "Bad magic number", since then of the entry that it would overlap.
+        (42, "<I", 9, "-c.gnt': damaged: "),
         (46 + 7, "<B", ord("p"), "'1002-c.pnt': damaged: File name in directory"),
     ],
 )

@@ -23,7 +23,7 @@ print(os.environ.get("XLA_FLAGS", ""))
 
 # Writes glibc's report of its heaps ("arenas") after each of many threads has allocated memory.
 HEAPS = """
-import atexit, ctypes, runpy, sys, threading
+import ctypes, runpy, sys, threading
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
 def count():
@@ -35,9 +35,11 @@ def count():
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     file = ctypes.c_void_p(libc.fopen(sys.argv[-1].encode(), b"w"))
     libc.malloc_info(0, file), libc.fclose(file)
-atexit.register(count)
 sys.argv = ["main", "--help", sys.argv[1]]
-runpy.run_module("hccr_jax.main", run_name="__main__")
+try:
+    runpy.run_module("hccr_jax.main", run_name="__main__")
+finally:
+    count()
 """
 
 
