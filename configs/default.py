@@ -167,6 +167,8 @@ def get_config() -> ConfigDict:
     return config
 
 
+PATHS = ("data.data_dir", "init_from", "teacher.checkpoint")  # keys that may begin with ~
+
 # Ranges (low, high) of numbers and allowed words, for keys whose default's type is not enough. No
 # number is negative.
 _INFINITY = float("inf")

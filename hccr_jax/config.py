@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from hccr_jax.configs import default
 from hccr_jax.errors import InputError
 from hccr_jax.models import registry
+from hccr_jax.paths import expand
 from hccr_jax.runtime.workdir import replace_text
 
 
@@ -143,7 +144,15 @@ def upgrade(values: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
                     node[group] = ConfigDict()
                 node = node[group]
             node[last] = value_now
+    expand_paths(config)
     return config, old_keys
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Replaces `~` at the start of every path in a config, as `paths.expand` does."""
+    for key, value in list(flatten(config)):
+        if key in default.PATHS and str(value).startswith("~"):
+            config.update_from_flattened_dict({key: str(expand(value))})
 
 
 def unknown_key(key: str) -> InputError:
@@ -217,6 +226,7 @@ def _conflicts(config: ConfigDict) -> list[tuple[bool, str, str]]:
             strict and config.reduce_dtype != "float32", "strict_determinism",
             "needs the default of config.reduce_dtype",
         ),
+        (not data.data_dir, "data.data_dir", "must be the folder of all data sets, such as data"),
         (
             2 * data.margin_px >= data.image_px, "data.margin_px",
             f"must be below half of data.image_px={data.image_px}",

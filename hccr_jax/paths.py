@@ -1,10 +1,27 @@
-"""A user's files and folders: their walk, and names fit to be shown."""
+"""A user's files and folders: their paths, their walk, and names fit to be shown."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from hccr_jax.errors import InputError
+
+
+def expand(path: str | Path) -> Path:
+    """Returns a path as a user wrote it, `~` and `~name` at its start replaced as in a shell.
+
+    Where there is no user of that name, it is the name of a file.
+
+    Raises:
+      InputError: it is empty, or there is no home folder.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InputError("an empty path: name a file or folder, or leave it out")
+    expanded = os.path.expanduser(text)
+    if text.split("/")[0] == "~" and (expanded == text or os.environ.get("HOME") == ""):
+        raise InputError(f"{text}: there is no home folder: set HOME, or write the path without ~")
+    return Path(expanded)
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -31,16 +31,16 @@ def define_flags(values: flags.FlagValues) -> None:
         ("workdir", "Folder of the run to look at."),
         ("against", "Folder of another run, to compare."),
         ("output", "The HTML file; default analysis.html in the workdir."),
-        ("split", "Default the run's test split."),
         ("data_dir", "Folder of all data sets; default the run's."),
     ):
-        flags.DEFINE_string(name, None, text, flag_values=values)
+        command.define_path(name, text, values)
+    flags.DEFINE_string("split", None, "Default the run's test split.", flag_values=values)
 
 
 def run(values: SimpleNamespace) -> None:
     """Runs the command."""
     command.require(values, workdir="the folder of a run, such as runs/v2")
-    output = Path(values.output or Path(values.workdir, "analysis.html")).expanduser()
+    output = values.output or values.workdir / "analysis.html"
     prepare_process()
     from hccr_jax.report import analysis
 
@@ -53,7 +53,7 @@ def run(values: SimpleNamespace) -> None:
     print(f"report: {output}")
 
 
-def predict(workdir: str, split_name: str | None, data_dir: str | None) -> Any:
+def predict(workdir: Path, split_name: str | None, data_dir: Path | None) -> Any:
     """Returns the predictions of a run's best step for a split, `analysis.Predicted`."""
     import numpy as np
 
@@ -68,7 +68,7 @@ def predict(workdir: str, split_name: str | None, data_dir: str | None) -> Any:
 
     pretrained = load_pretrained(workdir)
     network, config = pretrained.network, pretrained.config
-    config.data.data_dir = data_dir or config.data.data_dir
+    config.data.data_dir = str(data_dir or config.data.data_dir)
     split = load(config, split_name or config.data.test_split)
     check_classes(pretrained.classes, split.classes, pretrained.source)
     temperature = read_temperature(pretrained)
@@ -81,7 +81,7 @@ def predict(workdir: str, split_name: str | None, data_dir: str | None) -> Any:
         candidates.append(np.argsort(-weights, axis=1, kind="stable")[:, :5])
         confidence.append(weights.max(axis=1))
     return Predicted(
-        str(Path(workdir)),
+        str(workdir),
         split,
         np.concatenate(candidates),
         np.concatenate(confidence),

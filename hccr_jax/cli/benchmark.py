@@ -83,17 +83,17 @@ def define_flags(values: flags.FlagValues) -> None:
         "num_images", None, "Characters of the synthetic data set for the rows that read data; "
         "20,000 or two batches where not given.", lower_bound=1, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string("output", None, "Write all rows to this JSON file.", flag_values=values)
-    flags.DEFINE_string("render", None, "Files to print as tables.", flag_values=values)
+    command.define_path("output", "Write all rows to this JSON file.", values)
+    command.define_paths("render", "Files to print as tables.", values)
 
 
 def run(values: SimpleNamespace) -> None:
     """Checks the request, then prints each row as it comes."""
     if values.render:
-        print(_render([Path(path) for path in values.render.split(",")]))
+        print(_render(values.render))
         return
     command.require(values, config="for example --config=configs/quickstart.py")
-    output = values.output and Path(values.output)
+    output = values.output
     if output and not output.absolute().parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}")
     baseline = _import_baseline(values)
@@ -117,7 +117,7 @@ def run(values: SimpleNamespace) -> None:
     with tempfile.TemporaryDirectory(prefix="hccr_benchmark_") as folder:
         num_images = values.num_images or max(20_000, 2 * max(plan.batch_sizes))
         for row in suites.measure(plan, SyntheticData(Path(folder), num_classes, num_images)):
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            command.print_json(row)
             done.append(row)
             if output:
                 content = {"suite": values.suite, "rows": done}

@@ -18,10 +18,14 @@ TIMELINE = Timeline()  # the other imports take time: the clock starts before th
 
 import difflib
 import importlib
+import io
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from absl import flags
 
@@ -29,6 +33,7 @@ import hccr_jax
 from hccr_jax import config as config_lib
 from hccr_jax.cli import config_files
 from hccr_jax.errors import InputError
+from hccr_jax.paths import expand
 from hccr_jax.runtime import signals
 
 COMMANDS = (
@@ -40,6 +45,8 @@ HELP = {"--help", "-help", "-h"}
 
 def run_process(argv: Sequence[str]) -> int:
     """Runs a command as the only work of this process; the arguments are those of `main`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have 永, or ×
     if argv[:1] != ["train"]:
         return main(argv)
     keep_memory()  # before the thread that listens for signals
@@ -109,6 +116,26 @@ def parse(name: str, argv: Sequence[str]) -> SimpleNamespace:
     return parsed
 
 
+def define_path(name: str, text: str, values: flags.FlagValues) -> None:
+    """Defines a flag that is a `Path`, see `paths.expand`; None where it is not given."""
+    flags.DEFINE(_PathParser(), name, None, text, values)
+
+
+def define_paths(name: str, text: str, values: flags.FlagValues) -> None:
+    """Defines a flag that is a list of `Path`, separated by commas; None where it is not given."""
+    flags.DEFINE(_PathListParser(), name, None, text, values)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON on one line, which is JSON in every terminal's encoding."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text, flush=True)
+
+
 def require(values: SimpleNamespace, **hints: str) -> None:
     """Checks that flags were given.
 
@@ -129,6 +156,18 @@ def report_error(error: Exception) -> None:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     print(" ".join(text.split()), file=sys.stderr)
+
+
+class _PathParser(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> Path:
+        return expand(argument)
+
+
+class _PathListParser(flags.ListParser):
+    def parse(self, argument: str) -> list[Path]:  # type: ignore[override]
+        return [expand(path) for path in super().parse(argument)]
 
 
 def _run(argv: Sequence[str]) -> int:

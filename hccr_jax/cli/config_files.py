@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from hccr_jax import config as config_lib
 from hccr_jax import configs
 from hccr_jax.errors import InputError
+from hccr_jax.paths import expand
 
 _SHIPPED = Path(configs.__path__[0])
 _RENAMED = {"strokes": "synthetic"}  # configs of 0.1
@@ -54,12 +55,13 @@ def find(name: str) -> Path:
       InputError: there is none; names the nearest that come with the library.
     """
     bare = name.removeprefix("configs/").removesuffix(".py")
-    if bare in _RENAMED and not Path(name).is_file():
+    path = expand(name)
+    if bare in _RENAMED and not path.is_file():
         warn_renamed(f"--config={bare}", _RENAMED[bare])
         bare = _RENAMED[bare]
     paths = {path.relative_to(_SHIPPED).with_suffix("").as_posix(): path for path in _shipped()}
     known = [paths[bare]] if bare in paths else []
-    own = [Path(name)] if Path(name).is_file() else []
+    own = [path] if path.is_file() else []
     if found := own + known if name.endswith(".py") else known + own:
         return found[0]
     near = difflib.get_close_matches(bare, paths, n=3)
@@ -80,6 +82,13 @@ def list_experiments(name: str) -> list[Experiment]:
         return _experiments(module)
 
 
+def split_name(argument: str) -> tuple[str, str]:
+    """Returns what `--config=argument` means: a config's name or path, and an experiment or ""."""
+    path, _, name = argument.rpartition(":")
+    whole = not path or expand(argument).is_file()  # a path may have a colon
+    return (argument, "") if whole else (path, name)
+
+
 def load_config(argument: str) -> ConfigDict:
     """Returns the config that `--config=argument` means, with the keys of today.
 
@@ -89,17 +98,17 @@ def load_config(argument: str) -> ConfigDict:
     Raises:
       InputError: the file cannot be run, has no such experiment, or its config other keys.
     """
-    path, colon, name = argument.partition(":")
+    path, name = split_name(argument)
     with _running(path, argument) as module:
         names = [experiment.name for experiment in _experiments(module)]
         if names and name not in names:
             near = difflib.get_close_matches(name, names, n=1) or names[:1]
-            wrong = f"no experiment {name!r}" if colon else "holds several experiments"
+            wrong = f"no experiment {name!r}" if name else "holds several experiments"
             raise InputError(
                 f"--config={argument}: {wrong}: give one of {', '.join(names)}, such as "
                 f"--config={path}:{near[0]}"
             )
-        config = module["get_config"](*[name] * bool(colon))
+        config = module["get_config"](*[name] * bool(name))
     if not isinstance(config, ConfigDict):
         raise InputError(f"--config={argument}: get_config() returns a {type(config).__name__}")
     config, old = config_lib.upgrade(config.to_dict())
@@ -116,6 +125,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> None:
         if (key, new) != (old, value):
             warn_renamed(f"--config.{old}", f"--config.{key}" if key != old else f"{new!r}")
         config.update_from_flattened_dict({key: new})
+    config_lib.expand_paths(config)
 
 
 def define_overrides(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

@@ -40,7 +40,6 @@ Exit codes: 0 done, 1 the work failed, 2 wrong request.
 
 import importlib.util
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 from absl import flags
@@ -62,14 +61,15 @@ FORMATS = {
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("checkpoint", None, "A run, or its folder checkpoints.", flag_values=values)
+    command.define_path("checkpoint", "A run, or its folder checkpoints.", values)
     flags.DEFINE_enum("format", None, list(FORMATS), "Of the file.", flag_values=values)
-    flags.DEFINE_string("output", None, "The file.", flag_values=values)
+    command.define_path("output", "The file.", values)
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and arithmetic.", flag_values=values)
-    flags.DEFINE_string(
-        "data_dir", None, "Folder of all data sets, for int8 and --verify; the run's where not "
-        "given.", flag_values=values,
-    )  # fmt: skip
+    command.define_path(
+        "data_dir",
+        "Folder of all data sets, for int8 and --verify; the run's where not given.",
+        values,
+    )
     flags.DEFINE_bool(
         "tta", False, "Put the run's test-time augmentation into the file.", flag_values=values
     )
@@ -86,7 +86,7 @@ def run(values: SimpleNamespace) -> int:
     from hccr_jax.export import exporter
     from hccr_jax.inference.pretrained import load_pretrained, set_mqdf_weight
 
-    output = Path(values.output).expanduser()
+    output = values.output
     pretrained = load_pretrained(values.checkpoint)
     if pretrained.config.model.mqdf_weight > 0.0:
         pretrained = set_mqdf_weight(pretrained, 0.0)
@@ -100,7 +100,7 @@ def run(values: SimpleNamespace) -> int:
                 f"config.eval.tta_views and config.eval.tta_flips of a run say how many"
             )
     if values.data_dir:
-        config.data.data_dir = values.data_dir
+        config.data.data_dir = str(values.data_dir)
     if values.verify:
         verification = exporter.verify(
             pretrained, values.format, output, load(config, config.data.test_split)
@@ -145,6 +145,6 @@ def check(values: SimpleNamespace) -> None:
         raise InputError(
             f"--format={values.format}: needs {missing[0]}: pip install 'hccr_jax[{extra}]'"
         )
-    output = Path(values.output).expanduser()
+    output = values.output
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"--output={output}: not a file in a folder that can be written")

@@ -20,7 +20,6 @@ p_value is the share of properly written characters that look less like a charac
 Exit codes: 0 done, 2 the request or a picture was wrong.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -33,11 +32,20 @@ import numpy as np
 from absl import flags
 
 from hccr_jax.cli import command
-from hccr_jax.errors import InputError
+from hccr_jax.errors import InputError, shorten
+from hccr_jax.paths import expand, shown, walk
 from hccr_jax.runtime.startup import prepare_process
+from hccr_jax.runtime.workdir import find_checkpoints
 
 TAKES_ARGUMENTS = True
 TIMED = 20  # repetitions
+
+
+class _File(NamedTuple):
+    """A file to read: its name in the output, and its path, or None for stdin."""
+
+    name: str
+    path: Path | None
 
 
 class _Item(NamedTuple):
@@ -53,7 +61,7 @@ class _Reader:
     def __init__(self) -> None:
         self.num_errors = 0
 
-    def pictures(self, files: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
+    def pictures(self, files: list[_File]) -> Iterator[tuple[dict[str, Any], Any]]:
         """Yields the head of a picture's line and the picture."""
         from hccr_jax.data.images.files import open_pictures, read_pictures
 
@@ -61,11 +69,11 @@ class _Reader:
             try:
                 found = (
                     read_pictures(sys.stdin.buffer, "stdin")
-                    if file == "-"
-                    else open_pictures(Path(file))
+                    if file.path is None
+                    else open_pictures(file.path)
                 )
                 for picture in found:
-                    head: dict[str, Any] = {"file": file}
+                    head: dict[str, Any] = {"file": file.name}
                     if picture.record is not None:
                         head |= {"record": picture.record, "label": picture.label}
                     yield head, picture
@@ -80,9 +88,7 @@ class _Reader:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=values
-    )
+    command.define_path("checkpoint", "Folder of a run, or its folder checkpoints.", values)
     flags.DEFINE_integer(
         "top", 5, "Candidates of each character.", lower_bound=1, flag_values=values
     )
@@ -96,10 +102,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "vertical", False, "With --page: lines are columns from right to left.", flag_values=values
     )
-    flags.DEFINE_string(
-        "annotate", None, "With --page: a PNG file to draw the one page into, with boxes and "
-        "predictions.", flag_values=values,
-    )  # fmt: skip
+    command.define_path(
+        "annotate",
+        "With --page: a PNG file to draw the one page into, with boxes and predictions.",
+        values,
+    )
     flags.DEFINE_bool("time", False, "Report speed and latency on stderr.", flag_values=values)
 
 
@@ -133,37 +140,58 @@ def run(values: SimpleNamespace) -> int:
     return 2 if reader.num_errors else 0
 
 
-def _check(values: SimpleNamespace) -> list[str]:
+def _check(values: SimpleNamespace) -> list[_File]:
     """Checks the request and returns the files to read, those of folders one by one."""
     command.require(values, checkpoint="for example --checkpoint=runs/v2")
     if not values.arguments:
         raise InputError("no picture is named: give files or folders, or - for stdin")
-    files = [file for name in values.arguments for file in _find_files(name)]
     if (values.vertical or values.annotate) and not values.page:
         raise InputError("--vertical and --annotate go with --page")
+    files, faults = list[_File](), list[str]()
+    for name in values.arguments:
+        try:
+            files += _find_files(name)
+        except InputError as error:
+            faults.append(str(error))
+    try:
+        find_checkpoints(values.checkpoint)
+    except InputError as error:
+        faults.append(str(error))
+    if faults:
+        raise InputError(shorten(faults))
     if values.annotate and len(files) > 1:
         raise InputError(f"--annotate={values.annotate}: takes one page, got {len(files)}")
+    page = files[0].path
+    if values.annotate and page and values.annotate.exists() and page.samefile(values.annotate):
+        raise InputError(f"--annotate={values.annotate}: is the page itself: choose another")
     return files
 
 
-def _find_files(name: str) -> list[str]:
-    """Returns a file, or those of a folder."""
+def _find_files(name: str) -> list[_File]:
+    """Returns a file, or the pictures in a folder and all below it, and reports its other files."""
     from hccr_jax.data.images.files import SUFFIXES
 
-    path = Path(name)
-    if name != "-" and not path.exists():
-        raise InputError(f"{name}: no such file or folder")
+    if name == "-":
+        return [_File(name, None)]
+    path = expand(name)
+    if not path.exists():
+        raise InputError(f"{shown(name)}: no such file or folder")
     if not path.is_dir():
-        return [name]
+        return [_File(shown(name), path)]
     known = (*SUFFIXES, ".gnt")
-    files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
+    found = [folder / name for folder, names in walk(path) for name in names]
+    files = [_File(shown(file), file) for file in found if file.suffix.lower() in known]
+    others = [shown(file.name) for file in found if file.suffix.lower() not in known]
     if not files:
-        raise InputError(f"{name}: no file in this folder ends with {', '.join(known)}")
+        raise InputError(f"{shown(name)}: no file in this folder ends with {', '.join(known)}")
+    if others:
+        text = f"note: {shown(name)}: passed over {len(others):,} files that are no pictures: "
+        print(text + shorten(others, ", ", 3), file=sys.stderr)
     return files
 
 
 def _read_characters(
-    recognizer: Any, reader: _Reader, files: list[str], values: SimpleNamespace
+    recognizer: Any, reader: _Reader, files: list[_File], values: SimpleNamespace
 ) -> int:
     """Prints the candidates for each picture and returns their number."""
     from hccr_jax.data.images.ink import to_bitmap
@@ -188,7 +216,9 @@ def _read_characters(
     return count
 
 
-def _read_pages(recognizer: Any, reader: _Reader, files: list[str], values: SimpleNamespace) -> int:
+def _read_pages(
+    recognizer: Any, reader: _Reader, files: list[_File], values: SimpleNamespace
+) -> int:
     """Prints the lines of each page and returns the number of its characters."""
     from hccr_jax.inference.pages import draw_page, read_page
 
@@ -230,7 +260,7 @@ def _best(recognition: dict[str, Any]) -> str:
 
 def _write(head: dict[str, Any], recognition: dict[str, Any], values: SimpleNamespace) -> None:
     if not values.table:
-        print(json.dumps(head | recognition, ensure_ascii=False))
+        command.print_json(head | recognition)
         return
     name = head["file"] + (f", record {head['record']}" if "record" in head else "")
     print(f"{name}  {_to_cells(recognition)}")
@@ -246,7 +276,7 @@ def _write_page(
         text = "".join(_best(character) for character in line)
         described.append({"text": text, "box": box, "characters": line})
     if not values.table:
-        print(json.dumps(head | {"lines": described}, ensure_ascii=False))
+        command.print_json(head | {"lines": described})
         return
     for number, found in enumerate(described, 1):
         print(f"{head['file']}, line {number}: {found['text']}")
@@ -259,7 +289,7 @@ def _to_cells(recognition: dict[str, Any]) -> str:
     return "  ".join(cells + ["rejected"] * bool(recognition.get("rejected")))
 
 
-def _save(picture: Any, path: str) -> None:
+def _save(picture: Any, path: Path) -> None:
     try:
         picture.save(path, "PNG")
     except OSError as error:

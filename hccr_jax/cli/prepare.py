@@ -14,8 +14,6 @@ A folder that holds the archives, or unpacked .gnt files, works as well: --archi
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,18 +25,14 @@ from hccr_jax.errors import InputError, shorten
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_list("archives", None, "Zips, folders or .gnt files.", flag_values=values)
-    flags.DEFINE_list(
-        "test_archives",
-        None,
-        "The test split; all writers of --archives are then to train on.",
-        flag_values=values,
+    command.define_paths("archives", "Zips, folders or .gnt files.", values)
+    command.define_paths(
+        "test_archives", "The test split; all writers of --archives are then to train on.", values
     )
-    flags.DEFINE_string(
+    command.define_path(
         "pictures",
-        None,
         "Folder of pictures named by character, or a CSV file, in place of archives.",
-        flag_values=values,
+        values,
     )
     flags.DEFINE_string(
         "charset",
@@ -46,7 +40,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "The characters wanted: level1 (archives' default), chinese, or a text file of them.",
         flag_values=values,
     )
-    flags.DEFINE_string("data_dir", None, "Folder of all data sets; created.", flag_values=values)
+    command.define_path("data_dir", "Folder of all data sets; created.", values)
     flags.DEFINE_string(
         "name",
         None,
@@ -78,13 +72,13 @@ def run(values: SimpleNamespace) -> None:
 
     wanted = values.charset if values.charset != "level1" else None  # that of archives anyway
     prepared = prepare(
-        _paths(values.archives),
-        Path(values.data_dir).expanduser(),
+        values.archives or (),
+        values.data_dir,
         values.name or ("pictures" if values.pictures else "casia_hwdb"),
         values.on_error,
         values.overwrite,
-        test_archives=_paths(values.test_archives),
-        pictures=Path(values.pictures).expanduser() if values.pictures else None,
+        test_archives=values.test_archives or (),
+        pictures=values.pictures,
         characters=labelled_images.read_charset(wanted) if wanted else (),
     )
     print(_summary(prepared, time.monotonic() - start))
@@ -133,7 +127,3 @@ def _shared_writers(manifest: dict[str, Any]) -> list[str]:
         writers = {split: names for split, names in writers.items() if split != "validation"}
     times = Counter(name for names in writers.values() for name in names)
     return [name for name, count in times.items() if count > 1 and name != UNKNOWN_WRITER]
-
-
-def _paths(names: Sequence[str] | None) -> list[Path]:
-    return [Path(name).expanduser() for name in names or ()]

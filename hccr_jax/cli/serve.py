@@ -32,9 +32,7 @@ _KEPT: list[Any] = []
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run, or its folder checkpoints.", flag_values=values
-    )
+    command.define_path("checkpoint", "Folder of a run, or its folder checkpoints.", values)
     flags.DEFINE_string(
         "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines connect.",
         flag_values=values,
@@ -51,7 +49,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: SimpleNamespace) -> int:
     """Runs the command and returns its exit code."""
-    command.require(values, checkpoint="for example --checkpoint=runs/v2")
+    command.require(
+        values, checkpoint="for example --checkpoint=runs/v2", host="0.0.0.0 is all addresses"
+    )
     prepare_process()
     import numpy as np
 
@@ -60,14 +60,15 @@ def run(values: SimpleNamespace) -> int:
 
     recognizer = Recognizer.load(values.checkpoint)
     _KEPT.append(recognizer)
+    host = f"[{values.host.strip('[]')}]" if ":" in values.host else values.host
     try:
-        server = create_server(recognizer, values.host, values.port)
+        server = create_server(recognizer, values.host.strip("[]"), values.port)
     except OSError as error:
-        print(f"{values.host}:{values.port}: {error.strerror or error}", file=sys.stderr)
+        print(f"{host}:{values.port}: {error.strerror or error}", file=sys.stderr)
         return 1
     with server, contextlib.suppress(KeyboardInterrupt):
         side = recognizer.to_normal_form(np.zeros((1, 1), np.uint8))
         recognizer.classify(side[None])  # compiles, so that the first stroke need not wait
-        print(f"draw at http://{values.host}:{server.server_address[1]}/", flush=True)
+        print(f"draw at http://{host}:{server.server_address[1]}/", flush=True)
         server.serve_forever()
     return 0

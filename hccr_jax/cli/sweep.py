@@ -36,14 +36,17 @@ from hccr_jax.errors import InputError
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    for name, default, text in (
-        ("config", None, "File of experiments, such as configs/experiments/paper.py."),
-        ("data_dir", None, "Folder of the data sets; the config's where not given."),
-        ("workdir", None, "Folder of the runs; default runs/ and the file's name."),
-        ("output", None, "JSON lines, one a run; default results.jsonl in the workdir."),
-        ("render", None, "Page whose tables to write; alone, nothing is run."),
+    flags.DEFINE_string(
+        "config", None, "File of experiments, such as configs/experiments/paper.py.",
+        flag_values=values,
+    )  # fmt: skip
+    for name, text in (
+        ("data_dir", "Folder of the data sets; the config's where not given."),
+        ("workdir", "Folder of the runs; default runs/ and the file's name."),
+        ("output", "JSON lines, one a run; default results.jsonl in the workdir."),
+        ("render", "Page whose tables to write; alone, nothing is run."),
     ):
-        flags.DEFINE_string(name, default, text, flag_values=values)
+        command.define_path(name, text, values)
     flags.DEFINE_list(
         "only", None, "Names of experiments; all where not given.", flag_values=values
     )
@@ -53,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: SimpleNamespace) -> int:
     """Runs the command and returns its exit code."""
-    if values.render and not Path(values.render).is_file():
+    if values.render and not values.render.is_file():
         raise InputError(f"--render={values.render}: no such page")
     code = 0
     if values.config or not values.render:
@@ -65,7 +68,7 @@ def run(values: SimpleNamespace) -> int:
     if values.render and code in (0, 1):
         from hccr_jax.report import experiment_tables
 
-        experiment_tables.render(Path(values.render))
+        experiment_tables.render(values.render)
     return code
 
 
@@ -99,8 +102,8 @@ def _run_all(values: SimpleNamespace, experiments: Sequence[Experiment]) -> int:
     """Runs what is not finished, keeps every result, and returns the exit code."""
     from hccr_jax.report import experiment_tables
 
-    workdir = Path(values.workdir or Path("runs", Path(values.config).stem)).expanduser()
-    output = Path(values.output or workdir / "results.jsonl").expanduser()
+    workdir = values.workdir or Path("runs", Path(values.config).stem)
+    output = values.output or workdir / "results.jsonl"
     order = [experiment.name for experiment in list_experiments(values.config)]
     first = dict(config_lib.flatten(load_config(f"{values.config}:{order[0]}")))
     runs = [
@@ -146,7 +149,7 @@ def _with(values: SimpleNamespace, experiment: Experiment, seed: int) -> ConfigD
     config = load_config(f"{values.config}:{experiment.name}")
     config.seed = seed
     if values.data_dir:
-        config.data.data_dir = values.data_dir
+        config.data.data_dir = str(values.data_dir)
     config_lib.check(config)
     return config
 

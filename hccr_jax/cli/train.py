@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from absl import flags, logging
 
-from hccr_jax.cli import command
+from hccr_jax.cli import command, config_files
 from hccr_jax.errors import InputError
 from hccr_jax.runtime import signals
 from hccr_jax.runtime.startup import prepare_process
@@ -32,18 +32,18 @@ TAKES_CONFIG = True
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; default runs/ and the config's name or names.",
-        flag_values=values,
-    )  # fmt: skip
+    command.define_path(
+        "workdir", "Folder of the run; default runs/ and the config's name or names.", values
+    )
     flags.DEFINE_enum(
         "mode", "train", ["train", "eval"], "Train and evaluate, or evaluate only.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string(
-        "checkpoint", None, "With --mode=eval: a run, or its folder checkpoints; default the "
-        "workdir's own.", flag_values=values,
-    )  # fmt: skip
+    command.define_path(
+        "checkpoint",
+        "With --mode=eval: a run, or its folder checkpoints; default the workdir's own.",
+        values,
+    )
 
 
 def run(values: SimpleNamespace) -> int:
@@ -51,7 +51,7 @@ def run(values: SimpleNamespace) -> int:
     command.require(values, config="for example --config=configs/quickstart.py")
     if values.checkpoint and values.mode != "eval":
         raise InputError("--checkpoint goes with --mode=eval; to train on, use its --workdir")
-    workdir = Path(values.workdir or default_workdir(values.config_name)).expanduser()
+    workdir = values.workdir or default_workdir(values.config_name)
     try:
         _train_or_evaluate(values, workdir)
     except InputError:
@@ -73,7 +73,7 @@ def run(values: SimpleNamespace) -> int:
 
 def default_workdir(config_name: str) -> Path:
     """Returns the workdir of a run that was given none: runs/v2, runs/paper/baseline."""
-    path, _, name = config_name.partition(":")
+    path, name = config_files.split_name(config_name)
     return Path("runs", Path(path).stem, name)
 
 

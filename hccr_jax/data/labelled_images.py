@@ -17,7 +17,7 @@ from hccr_jax.data.images import ink
 from hccr_jax.data.images.files import SUFFIXES, open_pictures
 from hccr_jax.data.picture_lists import Picture, list_csv, list_folder
 from hccr_jax.errors import InputError, shorten
-from hccr_jax.paths import shown
+from hccr_jax.paths import expand, shown
 
 _SHOWN_FAULTS = 3
 _CHARSETS = {"level1": charset.level1, "chinese": charset.chinese}
@@ -112,7 +112,7 @@ def read_charset(argument: str) -> tuple[str, ...]:
     if argument in _CHARSETS:
         return _CHARSETS[argument]()
     try:
-        text = Path(argument).expanduser().read_text("utf-8-sig")
+        text = expand(argument).read_text("utf-8-sig")
     except OSError as error:
         names = ", ".join(_CHARSETS)
         message = f"--charset={argument}: {error.strerror}: give {names} or a file"

@@ -3,18 +3,29 @@
 import contextlib
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hccr_jax.errors import InputError
+from hccr_jax.paths import shown
 
 VERSION = "1.0.0"
 MANIFEST = "manifest.json"
 
 
 def dataset_folder(name: str, data_dir: str | Path) -> Path:
-    """Returns the folder of the data set `name` in `data_dir`, the folder of all data sets."""
+    """Returns the folder of the data set `name` in `data_dir`, the folder of all data sets.
+
+    Raises:
+      InputError: TFDS, or the reader of its records, takes no such `data_dir`.
+    """
+    if re.search(r"\*\*|[\udc80-\udcff]", str(Path(data_dir).absolute())):
+        raise InputError(
+            f"data_dir={shown(data_dir)}: its path must not have ** or bytes that are not UTF-8: "
+            f"choose another"
+        )
     return Path(data_dir, name, VERSION)
 
 

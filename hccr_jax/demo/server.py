@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import sys
 import threading
 import time
@@ -47,7 +48,10 @@ def create_server(recognizer: Any, host: str, port: int) -> ThreadingHTTPServer:
     Raises:
       OSError: the address is in use or not available.
     """
-    return _Server((host, port), recognizer)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # localhost has both families: more programs try that of version 4.
+    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return _Server(family, address, recognizer)
 
 
 class _Server(ThreadingHTTPServer):
@@ -61,7 +65,8 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], recognizer: Any) -> None:
+    def __init__(self, family: int, address: Any, recognizer: Any) -> None:
+        self.address_family = family
         super().__init__(address, _Handler)
         self.recognizer = recognizer
         self.lock = threading.Lock()
@@ -116,8 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Returns the normalised image of the request's body."""
         is_drawing = self.headers.get_content_type() == STROKES_TYPE
         data = self._read_body(MAX_STROKES_BYTES if is_drawing else MAX_PICTURE_BYTES)
-        if self.path != "/recognize":
-            raise _Refused(HTTPStatus.NOT_FOUND, "not_found", f"{self.path}: not found")
+        path = self.path.partition("?")[0]
+        if path != "/recognize":
+            raise _Refused(HTTPStatus.NOT_FOUND, "not_found", f"{path}: not found")
         return self.server.recognizer.to_normal_form(
             _draw(data) if is_drawing else _to_bitmap(data)
         )

@@ -12,6 +12,7 @@ from hccr_jax.errors import InputError
 from hccr_jax.inference.network import Network, create_network
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoints import Checkpoints
+from hccr_jax.runtime.workdir import find_checkpoints
 
 NORMAL_FORM = ("image_px", "margin_px", "aspect")  # a network is tied to what it has seen
 MEMBER = "member"  # the item of a checkpoint with the parameters of an ensemble member
@@ -36,26 +37,6 @@ class Pretrained:
     step: int
     validation: dict[str, float]
     source: Path
-
-
-def find_checkpoints(path: str | Path, source: str = "") -> Path:
-    """Returns the folder of a run's checkpoints.
-
-    Args:
-      path: that folder, or the run's.
-      source: where the path comes from, as in "config.init_from=", to begin the error with.
-
-    Raises:
-      InputError: there is no such folder.
-    """
-    folder = Path(path).expanduser()
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if not folder.is_dir():
-        raise InputError(
-            f"{source}{folder}: no such folder; give the --workdir of a run, or its folder "
-            f"checkpoints"
-        )
-    return folder
 
 
 def load_pretrained(

@@ -25,6 +25,7 @@ from hccr_jax.inference.rejector import REJECTOR, Rejector, to_traits
 from hccr_jax.inference.steps import make_logits_step
 from hccr_jax.metrics import calibration
 from hccr_jax.models.functional import expose_features
+from hccr_jax.paths import expand
 from hccr_jax.runtime import sharding
 
 BATCHES = (1, 8, 64)  # images on each device: one compiled program each, and no others
@@ -148,7 +149,7 @@ class Recognizer:
         name = "image"
         if isinstance(picture, str | Path):
             name = str(picture)
-            grey, record, _ = next(files.open_pictures(Path(picture).expanduser()))
+            grey, record, _ = next(files.open_pictures(expand(picture)))
             if record is not None:
                 raise InputError(f"{name}: a GNT file: give its bitmaps one by one")
         else:

@@ -5,6 +5,7 @@ folder). Without a C++ compiler everything runs on XLA's operations: the same nu
 at about half the speed.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import pathlib
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 
@@ -68,26 +70,44 @@ def supports(x: jax.Array) -> bool:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder of this machine's compiled code."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hccr_jax"
+    """Returns the folder of this machine's compiled code, created.
+
+    It is in XDG_CACHE_HOME or ~/.cache; without a home, or where that cannot be written, it is one
+    of the user's own among the temporary files.
+    """
+    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    root = named if os.path.isabs(named) else os.path.expanduser("~/.cache")  # as its rules say
+    if os.path.isabs(root):
+        folder = pathlib.Path(root, "hccr_jax")
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    folder = pathlib.Path(tempfile.gettempdir(), f"hccr_jax-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    # Code is run from it, so it must be nobody else's.
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o22:
+        return folder
+    return pathlib.Path(tempfile.mkdtemp(prefix="hccr_jax-"))
 
 
 def _build(compiler: str) -> pathlib.Path:
     """Returns the library for this source, compiler, processor and JAX; builds it if new."""
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
+        [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
     ).stdout
-    parts = (SOURCE.read_text(), version, _processor(), jax.__version__, " ".join(FLAGS))
+    parts = (SOURCE.read_text("utf-8"), version, _processor(), jax.__version__, " ".join(FLAGS))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache_folder()
     library = cache / f"cpu_kernels-{digest}.so"
     if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = pathlib.Path(scratch) / library.name
             include = f"-I{jax.ffi.include_dir()}"
             command = [compiler, *FLAGS, include, str(SOURCE), "-o", str(built)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
             built.replace(library)  # atomic: two processes may build at once
     return library
 
@@ -95,7 +115,7 @@ def _build(compiler: str) -> pathlib.Path:
 def _processor() -> str:
     """Returns a text that identifies the processor's instruction set."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

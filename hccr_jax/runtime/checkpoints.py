@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import math
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ from hccr_jax.runtime.failpoints import failpoint
 BEST_METRIC = "top1"
 ASIDE = ".damaged"
 _METADATA = "about"  # the name on disk
+_MISREAD = re.compile(r"[\[\]*?:\\\udc80-\udcff]")
+_OPEN_FOLDERS = Path("/proc/self/fd")
 
 
 class Checkpoints:
@@ -44,6 +48,7 @@ class Checkpoints:
             of the others take their place.
         """
         self.folder = Path(folder).absolute()
+        self._descriptor: int | None = None
         self._keep = keep_latest, keep_best
         self._writes = keep_latest > 0 and distributed.is_primary()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -53,6 +58,7 @@ class Checkpoints:
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
+            self._path(0)  # refuses a folder now, not after the first steps
 
     def save(
         self,
@@ -81,8 +87,8 @@ class Checkpoints:
         arguments[_METADATA] = ocp.args.JsonSave(metadata)
         arguments["metrics"] = ocp.args.JsonSave(metrics or {})
         try:
-            path, composite = self.folder / str(step), ocp.args.Composite(**arguments)
-            self._checkpointer.save(path, composite, force=True)
+            composite = ocp.args.Composite(**arguments)
+            self._checkpointer.save(self._path(step), composite, force=True)
         except Exception as error:
             raise self._failure(step, error) from error
         self._saving = step, self._finisher.submit(self._finish, step)
@@ -156,7 +162,7 @@ class Checkpoints:
         }
         try:
             restored = self._checkpointer.restore(
-                self.folder / str(step), args=ocp.args.Composite(**arguments)
+                self._path(step), args=ocp.args.Composite(**arguments)
             )
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split()).split(". ")[0][:200]
@@ -164,6 +170,28 @@ class Checkpoints:
                 f"{self.folder / str(step)}: not a checkpoint of this network: {reason}"
             ) from error
         return abstract_items | {name: restored[name] for name in arguments}
+
+    def _path(self, step: int) -> Path:
+        """Returns a step's path for Orbax.
+
+        Orbax takes `[]*?` in a path for a pattern, `gs:` for a protocol and `\\` for `/`, and no
+        bytes that are not UTF-8: it saves elsewhere, or what nothing can read, without an error.
+        Such a folder is opened here, and its path is the one that Linux has for open folders.
+
+        Raises:
+          InputError: such a folder on another system.
+        """
+        if not _MISREAD.search(str(self.folder)):
+            return self.folder / str(step)
+        if self._descriptor is None:
+            if not _OPEN_FOLDERS.is_dir():
+                raise InputError(
+                    f"{self.folder}: a folder of checkpoints must not have any of []*?:\\ in its "
+                    f"path here: choose another"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)  # by whichever process comes first
+            self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        return _OPEN_FOLDERS / str(self._descriptor) / str(step)
 
     def _agree(self, choose: Callable[[], int | None]) -> int | None:
         self.wait()
@@ -237,6 +265,8 @@ class Checkpoints:
         finally:
             self._finisher.shutdown()
             self._checkpointer.close()
+            if self._descriptor is not None:
+                os.close(self._descriptor)
 
 
 def find_steps(folder: Path) -> list[int]:

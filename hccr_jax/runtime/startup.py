@@ -27,7 +27,7 @@ class Timeline:
 def prepare_process() -> None:
     """Prepares the process for JAX: memory, threads and the compilation cache.
 
-    The cache is ~/.cache/hccr_jax/compiled, or JAX_COMPILATION_CACHE_DIR where it is set;
+    The cache is in `native.cache_folder`, or JAX_COMPILATION_CACHE_DIR where it is set;
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. To be called before JAX runs anything.
     """
     keep_memory()

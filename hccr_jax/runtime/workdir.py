@@ -1,4 +1,4 @@
-"""The folder of a run: writable, with enough disk space, and with one writer."""
+"""The folder of a run: found, writable, with enough disk space, and with one writer."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hccr_jax.errors import InputError
+from hccr_jax.paths import expand
 
 
 def check_writable(workdir: Path) -> None:
@@ -61,6 +62,26 @@ def only_writer(folder: Path) -> Iterator[None]:
                     for path in created:
                         path.rmdir()
             raise
+
+
+def find_checkpoints(path: str | Path, source: str = "") -> Path:
+    """Returns the folder of a run's checkpoints.
+
+    Args:
+      path: that folder, or the run's.
+      source: where the path comes from, as in "config.init_from=", to begin the error with.
+
+    Raises:
+      InputError: there is no such folder.
+    """
+    folder = expand(path)
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if not folder.is_dir():
+        raise InputError(
+            f"{source}{folder}: no such folder; give the --workdir of a run, or its folder "
+            f"checkpoints"
+        )
+    return folder
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

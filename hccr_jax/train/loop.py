@@ -21,7 +21,7 @@ from hccr_jax.data.from_config import load
 from hccr_jax.data.splits import gather
 from hccr_jax.evaluation.evaluate import evaluate
 from hccr_jax.evaluation.final import run_final_evaluation
-from hccr_jax.inference.pretrained import find_checkpoints, load_pretrained, set_mqdf_weight
+from hccr_jax.inference.pretrained import load_pretrained, set_mqdf_weight
 from hccr_jax.inference.steps import to_float
 from hccr_jax.report import image_grids, plots
 from hccr_jax.runtime import distributed, sharding, signals, watchdog
@@ -31,7 +31,7 @@ from hccr_jax.runtime.rng import AUGMENT, row_keys
 from hccr_jax.runtime.run_log import RunLog
 from hccr_jax.runtime.sharding import process_rows
 from hccr_jax.runtime.startup import Timeline
-from hccr_jax.runtime.workdir import check_room, check_writable, only_writer
+from hccr_jax.runtime.workdir import check_room, check_writable, find_checkpoints, only_writer
 from hccr_jax.train.fit_mqdf import fit_mqdf
 from hccr_jax.train.input_pipeline import Chunk, chunk_lengths
 from hccr_jax.train.saved_state import checkpoint_items, checkpoint_metadata, restore_state

@@ -161,11 +161,13 @@ def test_a_gnt_file_is_answered_as_in_an_evaluation(
     split = load_split(name, data.data_dir, "test", *(data[key] for key in NORMAL_FORM))
     answers = evaluate(dataclasses.replace(network, eval_batch_size=20), split)
 
+    folder = tmp_path / "in"
+    folder.mkdir()
     for writer in sorted(set(split.writers)):
-        file = tmp_path / f"{writer}.gnt"
+        file = folder / f"{writer}.gnt"
         file.write_bytes(write_member("".join(sorted(split.classes)), int(writer), seed=0))
     capsys.readouterr()
-    assert command.main(["predict", f"--checkpoint={run}", str(tmp_path), "--top=5"]) == 0
+    assert command.main(["predict", f"--checkpoint={run}", str(folder), "--top=5"]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("note: ")
     assert err.count("\n") == 1
@@ -407,9 +409,9 @@ def test_damaged_bytes_are_read_or_refused(kind: str):
     [
         ([], "--checkpoint is missing: for example --checkpoint=runs/v2"),
         (["--checkpoint=none"], "no picture is named: give files or folders, or - for stdin"),
-        (["--checkpoint=none", "none.png"], "none.png: no such file or folder"),
+        (["--checkpoint=.", "none.png"], "none.png: no such file or folder"),
         (
-            ["--checkpoint=none", "EMPTY"],
+            ["--checkpoint=.", "EMPTY"],
             "EMPTY: no file in this folder ends with "
             ".png, .jpg, .jpeg, .bmp, .tif, .tiff, .webp, .gnt",
         ),

@@ -83,6 +83,36 @@ def png(grey: np.ndarray) -> bytes:
     return data.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("host", "bound"),
+    [("::1", "::1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::", "::")],
+)
+def test_the_server_listens_at_addresses_of_both_families(
+    host: str, bound: str, recognizer: Recognizer
+):
+    try:
+        server = create_server(recognizer, host, 0)
+    except OSError as error:
+        pytest.skip(f"{host}: {error.strerror} here")
+    with server:
+        assert server.server_address[0] == bound
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
+        assert request((local, server.server_address[1]), "GET", "/")[0] == 200
+        server.shutdown()
+        thread.join()
+
+
+def test_a_query_changes_nothing(address: tuple[str, int]):
+    drawing = json.dumps(character_strokes("万")).encode()
+    for path in ("/recognize", "/recognize?x=1", "/recognize?"):
+        status, _, data = request(address, "POST", path, drawing, Content_Type="application/json")
+        assert (status, len(json.loads(data)["candidates"])) == (200, 5)
+    assert request(address, "GET", "/?x=1")[0] == 200
+    assert request(address, "POST", "/recognise?x=1", drawing)[0] == 404
+
+
 def test_the_page_is_one_file_that_needs_no_other(address: tuple[str, int]):
     status, kind, data = request(address, "GET", "/")
     assert (status, kind) == (200, "text/html")

@@ -65,6 +65,43 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path: Path) -> None
     assert programs(tmp_path) == first, "the second process compiled something again"
 
 
+@pytest.mark.parametrize("variables", [{}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}])
+def test_the_cache_is_in_the_home_and_never_in_the_current_folder(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    program = "from hccr_jax.ops import native; print(native.cache_folder())"
+    kept = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=kept | variables | {"HOME": str(tmp_path)}, cwd="/",
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / ".cache" / "hccr_jax")
+
+
+def test_a_user_of_no_list_and_without_a_home_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    kept = {k: v for k, v in kept.items() if not k.startswith("JAX_")}
+    prefix = ["unshare", "--user", "--map-user=4242"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("unshare cannot make a namespace of users here")
+
+    def folder() -> Path:
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", PROGRAM], env=kept | {"TMPDIR": str(tmp_path)},
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stderr == ""
+        return Path(done.stdout.splitlines()[0])
+
+    own = tmp_path / "hccr_jax-4242"
+    assert folder() == own / "compiled"
+    assert programs(own)
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)  # anybody could have put a library there
+    assert folder().parent.parent == tmp_path
+    assert folder() != own / "compiled"
+
+
 def test_settings_of_the_environment_are_kept(tmp_path: Path) -> None:
     own = "--xla_cpu_enable_fast_math=true"
     folder, flags = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path), XLA_FLAGS=own)
