@@ -206,31 +206,19 @@ def _conflicts(config: ConfigDict) -> list[tuple[bool, str, str]]:
     augment, data, optimizer = config.augment, config.data, config.optimizer
     strict = config.strict_determinism
     return [
-        (
-            augment.resize_min > augment.resize_max, "augment.resize_min",
-            f"must not be above augment.resize_max={augment.resize_max}",
-        ),
-        (
-            augment.once and config.loss.mirrored_as_uniform, "loss.mirrored_as_uniform",
-            "needs images that are mirrored again in each epoch; set augment.once=False",
-        ),
-        (
-            optimizer.name == "adam" and optimizer.weight_decay > 0, "optimizer.weight_decay",
-            "adam has none; set optimizer.name=adamw",
-        ),
-        (
-            strict and config.model.batch_norm == "local", "strict_determinism",
-            "needs the default of config.model.batch_norm",
-        ),
-        (
-            strict and config.reduce_dtype != "float32", "strict_determinism",
-            "needs the default of config.reduce_dtype",
-        ),
+        (augment.resize_min > augment.resize_max, "augment.resize_min",
+         f"must not be above augment.resize_max={augment.resize_max}"),
+        (augment.once and config.loss.mirrored_as_uniform, "loss.mirrored_as_uniform",
+         "needs images that are mirrored again in each epoch; set augment.once=False"),
+        (optimizer.name == "adam" and optimizer.weight_decay > 0, "optimizer.weight_decay",
+         "adam has none; set optimizer.name=adamw"),
+        (strict and config.model.batch_norm == "local", "strict_determinism",
+         "needs the default of config.model.batch_norm"),
+        (strict and config.reduce_dtype != "float32", "strict_determinism",
+         "needs the default of config.reduce_dtype"),
         (not data.data_dir, "data.data_dir", "must be the folder of all data sets, such as data"),
-        (
-            2 * data.margin_px >= data.image_px, "data.margin_px",
-            f"must be below half of data.image_px={data.image_px}",
-        ),
+        (2 * data.margin_px >= data.image_px, "data.margin_px",
+         f"must be below half of data.image_px={data.image_px}"),
     ]  # fmt: skip
 
 

@@ -8,10 +8,11 @@ Examples:
   hccr predict --checkpoint=runs/v2 folder/ --reject_at=0.01 --time
   hccr predict --checkpoint=runs/v2 --page page.jpg --annotate=page_read.png
 
-Reads PNG, JPEG, BMP, TIFF, WebP and GNT files, folders of them, and "-" for what comes on stdin. A
-picture shows one character, dark on light or light on dark, of any size and colour; with --page,
-lines of characters that do not touch. Prints one JSON object a line for each picture, GNT record or
-page. An unreadable picture is reported on stderr, and the others are still read.
+Reads PNG, JPEG, BMP, TIFF, WebP and GNT files, folders with all that is below them, and "-" for
+what comes on stdin. A picture shows one character, dark on light or light on dark, of any size and
+colour; with --page, lines of characters that do not touch. Prints one JSON object a line for each
+picture, GNT record or page. An unreadable picture is reported on stderr, and the others are still
+read.
 
 With --reject_at, anything crossed out, outside the class list or scrawled is marked as rejected.
 p_value is the share of properly written characters that look less like a character:
