@@ -16,6 +16,13 @@ COLUMNS = (
     ("roofline, images/s", "roofline_images_per_second", "{:,.0f}"),
     ("of roofline", "roofline_fraction", "{:.1%}"),
     ("memory, MiB", "peak_memory_mib", "{:,.0f}"),
+    ("launches", "launches", "{:,}"),
+    ("GB", "gigabytes", "{:.2f}"),
+    ("longest chain", "chain", "{:,}"),
+    ("exchanges", "exchanges", "{:,}"),
+    ("graphs", "graphs", "{}"),
+    ("host turns a step", "host_turns", "{}"),
+    ("predicted images/s", "predicted_images_per_second", "{:,.0f}"),
     ("compiled in, s", "compile_seconds", "{:.1f}"),
 )
 VARIED = {

@@ -5,6 +5,8 @@ import functools
 import os
 import time
 
+from hccr_jax.runtime.xla_flags import set_flags
+
 
 class Timeline:
     """The duration of each phase before the first step."""
@@ -25,7 +27,7 @@ class Timeline:
 
 
 def prepare_process() -> None:
-    """Prepares the process for JAX: memory, threads and the compilation cache.
+    """Prepares the process for JAX: memory, threads, XLA's flags and the compilation cache.
 
     The cache is in `native.cache_folder`, or JAX_COMPILATION_CACHE_DIR where it is set;
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. To be called before JAX runs anything.
@@ -35,6 +37,7 @@ def prepare_process() -> None:
     # The threads of SciPy's BLAS, which JAX calls for eigenvectors on a CPU, wait in busy loops:
     # where other work shares the cores, these make it a hundred times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    set_flags()
     import jax
 
     from hccr_jax.ops import native

@@ -165,7 +165,7 @@ def test_a_batch_that_does_not_fit_gets_a_row(capsys: pytest.CaptureFixture[str]
             [V1, "--output=nowhere/rows.json"],
             "--output=nowhere/rows.json: there is no folder nowhe",
         ),
-        ([V1, "--suite=tpu"], "--suite=tpu: value should be one of <gpu|cpu|scaling|kernels>"),
+        ([V1, "--suite=tpu"], "--suite=tpu: value should be one of <gpu|cpu|scaling|kernels|comp"),
         ([V1, "--config.batch_size=0"], "config.batch_size=0: must be a whole number from 1"),
         (["--render=nowhere.json"], "nowhere.json: No such file or directory"),
         (

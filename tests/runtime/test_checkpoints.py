@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from hccr_jax.errors import InputError
+from hccr_jax.models.packing import pack, unpack_nodes
 from hccr_jax.runtime import sharding
 from hccr_jax.runtime.checkpoint_seal import find_damage
 from hccr_jax.runtime.checkpoints import Checkpoints, check_classes
@@ -36,10 +37,11 @@ def some_items(seed: int = 0) -> dict[str, Any]:
     }
     schedule = optim.make_schedule("exponential", 1e-3, total_steps=9, decay_steps=3)
     optimizer = optim.make_optimizer("adamw", schedule, weight_decay=0.1, clip_norm=1.0)
-    opt_state = optimizer.init(params)
+    packed = pack(params)
+    opt_state = optimizer.init(packed)
     with jax.numpy_dtype_promotion("standard"):
-        _, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
-    progress = {"step": jnp.int32(2**24 + 1), "opt_state": opt_state}
+        _, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, packed), opt_state, packed)
+    progress = {"step": jnp.int32(2**24 + 1), "opt_state": unpack_nodes(opt_state)}
     return on_devices({"params": params, "progress": progress})
 
 
