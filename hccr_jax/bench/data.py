@@ -32,22 +32,25 @@ class SyntheticData:
     @functools.cached_property
     def archives(self) -> Path:
         """The folder of a training and a test archive, the last writer's."""
-        characters = charset.level1()[: self.num_classes]
-        # All characters share a few drawings: only sizes and the amount of ink matter here.
-        drawn = archives.write_member("".join(charset.level1()[:64]), 1, seed=0)
-        bitmaps = [record.bitmap for record in gnt.read_records(drawn, "drawn")]
-        member = b"".join(
-            gnt.pack_record(charset.character_to_tag(character), bitmaps[i % len(bitmaps)])
-            for i, character in enumerate(characters)
-        )
         folder = self.folder / "archives"
         folder.mkdir()
         writers = range(self.num_writers)
         for name, members in (("trn", writers[:-1]), ("tst", writers[-1:])):
+            content = self._member(seed=members[0])  # of each split its own: none is in two
             with zipfile.ZipFile(folder / f"{NAME}_{name}_gnt.zip", "w") as archive:
                 for writer in members:
-                    archive.writestr(f"{writer}-c.gnt", member, zipfile.ZIP_DEFLATED, 1)
+                    archive.writestr(f"{writer}-c.gnt", content, zipfile.ZIP_DEFLATED, 1)
         return folder
+
+    def _member(self, seed: int) -> bytes:
+        """Returns the content of a GNT file of all characters."""
+        # They share a few drawings: only sizes and the amount of ink matter here.
+        drawn = archives.write_member("".join(charset.level1()[:64]), 1, seed=seed)
+        bitmaps = [record.bitmap for record in gnt.read_records(drawn, "drawn")]
+        return b"".join(
+            gnt.pack_record(charset.character_to_tag(character), bitmaps[i % len(bitmaps)])
+            for i, character in enumerate(charset.level1()[: self.num_classes])
+        )
 
     def prepare(self) -> None:
         """Makes the data set with the user's command, start-up included."""
