@@ -114,6 +114,8 @@ def run(values: SimpleNamespace) -> None:
         return
     command.require(values, config="for example --config=configs/quickstart.py")
     output = values.output
+    if output and output.is_dir():
+        raise InputError(f"--output={output}: a folder: name a file")
     if output and not output.absolute().parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}")
     baseline = _import_baseline(values)
