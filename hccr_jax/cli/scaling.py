@@ -54,6 +54,9 @@ def run(values: SimpleNamespace) -> None:
     if wrong:
         raise InputError(f"--gpus={wrong[0]}: must be whole numbers, such as 8,64,512")
     prepare_process()
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
     from hccr_jax.bench.scaling import Links, create_table
     from hccr_jax.report.markdown import to_table
 
