@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from hccr_jax.data.images.ink import PAGE_CELLS, cut_out, find_ink, reduce_to
+from hccr_jax.data.images.ink import cut_out, find_ink, reduce_to
 from hccr_jax.data.images.normalize import PAPER
 from hccr_jax.data.synthetic import archives
 
@@ -67,7 +67,7 @@ def read_page(grey: np.ndarray, vertical: bool = False) -> list[list[Character]]
     height, width = grey.shape
     page = reduce_to(grey, np.sqrt(PAGE_PIXELS * max(height, width) / min(height, width)))
     factor = -(-height // page.shape[0])
-    ink = find_ink(page, PAGE_CELLS)
+    ink = find_ink(page, is_page=True)
     if ink is None:
         return []
     # Turned to the left, columns from right to left are rows from top to bottom.
@@ -205,6 +205,8 @@ def _split(smooth: np.ndarray, start: int, stop: int, size: float) -> list[tuple
     if stop - start < 1.9 * size:
         return [(start, stop)]
     low, high = start + round(0.7 * size), stop - round(0.7 * size)
+    if low >= high:  # of tiny characters, such as noise
+        return [(start, stop)]
     cut = low + int(np.argmin(smooth[low:high]))
     if smooth[cut] > 0.5 * smooth[start:stop].mean():
         return [(start, stop)]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from hccr_jax.data.casia import charset, gnt
 from hccr_jax.data.images.normalize import PAPER
+from hccr_jax.data.images.strays import has_lines
 from hccr_jax.errors import InputError
 from hccr_jax.paths import shown
 
@@ -24,6 +25,8 @@ KINDS = "PNG, JPEG, BMP, TIFF or WebP"
 MAX_PIXELS = 1 << 26  # of a picture; above that it is not decoded
 MAX_BYTES = 1 << 28
 WHITE_INK = 200  # above this grey value, ink without paper is white
+LINES_PX = 1024  # longer side of a picture in which coloured lines are looked for
+MIN_CHROMA = 60  # between the channels of a pixel that has a colour
 
 _SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -101,17 +104,41 @@ def to_grey(image: Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
         if image.mode[0] in "IF":
             return _to_8_bits(np.asarray(image))
         if image.has_transparency_data:
-            grey, alpha = image.convert("RGBA").convert("LA").split()
-            ground = _ground(np.asarray(grey)[np.asarray(alpha) > 127])
-            return np.asarray(Image.composite(grey, Image.new("L", grey.size, ground), alpha))
-        return np.asarray(image.convert("L"))
+            image = _on_paper(image.convert("RGBA"))
+        if image.mode in ("1", "L"):
+            return np.asarray(image.convert("L"))
+        return _to_grey(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, struct.error, KeyError) as error:
         raise _damaged(name, error) from error
 
 
-def _ground(opaque: np.ndarray) -> int:
-    """Returns the grey value under a transparent picture by those of its opaque pixels."""
-    return 0 if opaque.size and opaque.min() > WHITE_INK else PAPER
+def _on_paper(image: Image.Image) -> Image.Image:
+    """Returns a transparent picture on white, or on black if its ink is white."""
+    opaque = np.asarray(image.convert("LA"))[np.asarray(image.getchannel("A")) > 127, 0]
+    ground = 0 if opaque.size and opaque.min() > WHITE_INK else PAPER
+    return Image.alpha_composite(Image.new("RGBA", image.size, (ground,) * 3 + (255,)), image)
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    """Returns a colour picture as grey values, uint8 (H, W), without a coloured grid or frame.
+
+    Where printed lines run all across the picture, but not in red, green or blue light alone, that
+    is used instead, and what has this colour is paper.
+    """
+    grey = image.convert("L")
+    small = np.asarray(image.reduce(-(-max(image.size) // LINES_PX)))
+    if np.ptp(small.astype(np.int16), axis=2).max() > MIN_CHROMA and _has_lines(small.mean(axis=2)):
+        for channel in range(3):
+            if not _has_lines(small[..., channel]):
+                light = image.getchannel(channel)
+                is_coloured = np.asarray(ImageChops.subtract(light, grey)) > MIN_CHROMA // 2
+                values = np.asarray(light)
+                return np.where(is_coloured, np.median(values), values).astype(np.uint8)
+    return np.asarray(grey)
+
+
+def _has_lines(values: np.ndarray) -> bool:
+    return has_lines(values < (np.median(values) + np.percentile(values, 0.1)) / 2)
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:

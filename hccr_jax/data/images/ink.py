@@ -8,11 +8,18 @@ from PIL import Image
 from scipy import ndimage
 
 from hccr_jax.data.images.normalize import PAPER, ink_box
+from hccr_jax.data.images.strays import distance, stroke_width, without_lines, without_parts
 from hccr_jax.errors import InputError
 
-CHARACTER_PX = 1024  # a picture of one character is reduced to this side; 64 pixels would do
+CHARACTER_PX = 512  # a picture of one character is reduced to this side; 64 pixels would do
 CHARACTER_CELLS, PAGE_CELLS = 8, 24  # cells along a side in which the lighting is estimated
 MIN_CONTRAST = 25  # between paper and ink, of 255
+MIN_EDGE = 5  # between pixels two apart, somewhere
+FRAME = 0.12  # thickness of a frame, or of 口, over the longer side, at most
+MIN_PX = 8  # longer side of a character
+BAR_ASPECT = 2.5  # from here on ink may fill a picture: 一
+# Width of strokes over the longer side of the ink: of CASIA-HWDB1.1, 99 % are above the first.
+THINNEST, USUAL = 0.015, 0.035
 INK_RANGE = (95.0, 180.0)  # median grey of a bitmap's ink: nearly all of CASIA-HWDB1.1 is in it
 
 
@@ -31,8 +38,9 @@ class Ink(NamedTuple):
 def to_bitmap(grey: np.ndarray, name: str = "image") -> np.ndarray:
     """Returns a picture of one character as a bitmap like CASIA's: dark ink on paper of 255.
 
-    A clean bitmap is hardly changed, but cropped. Ink outside CASIA's range of grey values is
-    brought to its limit.
+    Frames, printed lines, specks and punched holes are removed. A clean bitmap is hardly changed,
+    but cropped. Ink outside CASIA's range of grey values is brought to its limit; that of a very
+    thin pen is thickened.
 
     Args:
       grey: uint8 (H, W), of any size; dark on light or light on dark, under any lighting.
@@ -42,42 +50,82 @@ def to_bitmap(grey: np.ndarray, name: str = "image") -> np.ndarray:
       InputError: there is no ink.
     """
     small = reduce_to(grey, CHARACTER_PX)
-    ink = find_ink(small, CHARACTER_CELLS)
+    ink = find_ink(small)
     if ink is not None and small is not grey:  # a small character of a large picture
         window = _around(ink.mask, -(-max(grey.shape) // max(small.shape)))
-        ink = find_ink(reduce_to(grey[window], CHARACTER_PX), CHARACTER_CELLS)
+        ink = find_ink(reduce_to(grey[window], CHARACTER_PX))
     if ink is None:
         raise InputError(f"{name}: no ink found")
-    return cut_out(ink.grey, ink.mask)
+    bitmap = cut_out(*_thicken(ink))
+    if max(bitmap.shape) < MIN_PX:
+        height, width = bitmap.shape
+        raise InputError(f"{name}: the ink has {width} × {height} pixels: too few for a character")
+    return bitmap
 
 
-def find_ink(grey: np.ndarray, cells: int) -> Ink | None:
+def _thicken(ink: Ink) -> Ink:
+    """Returns the writing of a pen thinner than any of CASIA as that of a usual one."""
+    rows, columns = (np.flatnonzero(ink.mask.any(axis=axis)) for axis in (1, 0))
+    side = 1 + int(max(np.ptp(rows), np.ptp(columns)))
+    width = stroke_width(distance(ink.mask))
+    if width >= THINNEST * side:
+        return ink
+    reach = (USUAL * side - width) / 2
+    mask = np.pad(ink.mask, int(np.ceil(reach)) + 1)
+    cover = np.clip(reach + 1 - ndimage.distance_transform_edt(~mask), 0, 1)
+    grey = np.rint(PAPER - (PAPER - INK_RANGE[0]) * cover).astype(np.uint8)
+    return Ink(grey, cover > 0.4)
+
+
+def find_ink(grey: np.ndarray, is_page: bool = False) -> Ink | None:
     """Returns the writing on a picture, or None without any.
 
-    Paper is the median of the border; ink is on that side of it to which the grey values reach
-    further. The picture is divided by the local brightness of the paper.
+    The picture is divided by the local brightness of the paper.
 
     Args:
       grey: uint8 (H, W).
-      cells: number of cells along the longer side in which the lighting is estimated; each must be
-        wider than a stroke.
+      is_page: whether there are many characters; of one, printed lines, specks and punched holes
+        are removed.
     """
+    if not grey.any() and max(grey.shape) >= BAR_ASPECT * min(grey.shape):
+        return Ink(grey, np.ones(grey.shape, bool))  # 一, of two values and cropped
+    if not _has_edges(grey):
+        return None
     if is_light_on_dark(grey):
         grey = PAPER - grey
-    flat = _even_out(grey, cells)
+    flat = _even_out(grey, PAGE_CELLS if is_page else CHARACTER_CELLS)
     first = _otsu(flat)
     light = flat[flat > first]
     if not light.size:
         return None
     paper = float(np.median(light))
     noise = 1.4826 * float(np.median(np.abs(light - paper)))
-    dark = flat[flat < paper - max(6.0 * noise, MIN_CONTRAST)]
-    if not dark.size:
+    all_dark = flat < paper - max(6.0 * noise, MIN_CONTRAST)
+    dark = all_dark if is_page else without_lines(all_dark)
+    if not dark.any():
         return None
-    level = paper - 0.4 * (paper - float(np.median(dark)))
-    mask = flat < min(level, paper - max(6.0 * noise, MIN_CONTRAST))
-    clean = np.where(flat > paper - 3.0 * noise, PAPER, flat * (PAPER / paper))
+    all_ink = dark & (flat < paper - 0.4 * (paper - float(np.median(flat[dark]))))
+    mask = all_ink if is_page else without_parts(all_ink)
+    # With the soft edge of what was removed, but not that of the writing.
+    strays = (all_dark & ~dark) | (_widen(all_ink & ~mask, 2) & ~_widen(mask, 1))
+    is_paper = strays | (flat > paper - 3.0 * noise)
+    clean = np.where(is_paper, PAPER, flat * (PAPER / paper))
     return Ink(np.minimum(np.rint(clean), PAPER).astype(np.uint8), mask)
+
+
+def _has_edges(grey: np.ndarray) -> bool:
+    """Returns whether there is more than a soft shadow: a step within three rows or columns."""
+    if min(grey.shape) < 3:
+        return True
+    for way in (grey.astype(np.int16), grey.T.astype(np.int16)):
+        runs = way[:, :-2] + way[:, 1:-1] + way[:, 2:]  # less noisy than single pixels
+        if np.abs(runs[2:] - runs[:-2]).max() >= 3 * MIN_EDGE:
+            return True
+    return False
+
+
+def _widen(mask: np.ndarray, reach: int) -> np.ndarray:
+    return ndimage.maximum_filter(mask, 2 * reach + 1, mode="constant")
 
 
 def is_light_on_dark(grey: np.ndarray) -> bool:
@@ -87,12 +135,24 @@ def is_light_on_dark(grey: np.ndarray) -> bool:
     >>> is_light_on_dark(board), is_light_on_dark(255 - board)
     (True, False)
     """
-    frame = max(1, min(grey.shape) // 50)
-    sides = (grey[:frame], grey[-frame:], grey[:, :frame], grey[:, -frame:])
-    paper = float(np.median(np.concatenate([side.ravel() for side in sides])))
     shares = np.cumsum(np.bincount(grey.ravel(), minlength=256)) / grey.size
-    low, high = np.searchsorted(shares, (0.001, 0.999))
-    return bool(high - paper > paper - low)
+    light = grey > np.searchsorted(shares, (0.001, 0.999)).mean()
+    height, width = grey.shape
+    y, x = np.ogrid[:height, :width]
+    inset = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x)).ravel()
+    sizes, sums = np.bincount(inset), np.bincount(inset, light.ravel())  # of rings
+    short, long = sorted(grey.shape)
+    border = float((sums[: max(1, short // 50)].sum()) / sizes[: max(1, short // 50)].sum())
+    is_dark = border < 0.5
+    paper = np.abs(sums / sizes - is_dark)  # its share of each ring, if the border is paper
+    ends = np.flatnonzero(paper < 0.5)
+    if len(ends) and ends[0] <= FRAME * long:  # a frame, or 口, whose inside is paper
+        inside = paper[ends[0] : ends[0] + max(1, short // 4)]
+        is_dark ^= inside.mean() < 0.4
+    if is_dark and long >= BAR_ASPECT * short:
+        # A bar of ink may fill its picture: then what is light is at the border.
+        is_dark = border <= light.mean()
+    return bool(is_dark)
 
 
 def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -113,9 +173,7 @@ def cut_out(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     wanted = float(np.clip(middle, *INK_RANGE))
     scale = (PAPER - wanted) / (PAPER - middle)
     bitmap = np.clip(PAPER - scale * (PAPER - grey.astype(np.float32)), 0, PAPER)
-    bitmap = np.where(
-        ndimage.maximum_filter(mask, 2 * reach + 1, mode="constant"), np.rint(bitmap), PAPER
-    ).astype(np.uint8)
+    bitmap = np.where(_widen(mask, reach), np.rint(bitmap), PAPER).astype(np.uint8)
     box = ink_box(bitmap)
     return bitmap if box is None else bitmap[box[0] : box[1], box[2] : box[3]]
 
