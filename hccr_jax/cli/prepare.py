@@ -86,6 +86,8 @@ def run(values: SimpleNamespace) -> None:
         print(f"warning: {fault}", file=sys.stderr)
     if shared := _shared_writers(prepared.manifest):
         print(f"warning: writers in more than one split: {shorten(shared, ', ')}", file=sys.stderr)
+    for leak in prepared.manifest.get("leaks", []):
+        print(f"warning: {leak}: its scores will be too good", file=sys.stderr)
     for doubt in prepared.manifest.get("doubts", []):  # older manifests have none
         print(f"warning: are the tags right? {doubt}", file=sys.stderr)
 

@@ -58,10 +58,7 @@ def prepare(
       InputError: an argument, an archive or a record is wrong, two splits have a file in common, or
         other archives were used before.
     """
-    if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise InputError(
-            f"name={name!r}: use lower-case letters, digits and underscores, a letter first"
-        )
+    _check_name(name)
     skipped: collections.Counter[Any] = collections.Counter()
     skips, faults = on_error == "skip", list[str]()
 
@@ -88,6 +85,15 @@ def prepare(
             return Prepared(folder, manifest, is_new=False)
         _build(data_dir, name, members, skips, skipped, characters, faults)
     return Prepared(folder, store.read_manifest(name, data_dir), is_new=True)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise InputError(
+            f"name={name!r}: use lower-case letters, digits and underscores, a letter first"
+        )
+    if name == "synthetic":
+        raise InputError("name='synthetic': it is the data set of simulated writers: take another")
 
 
 def _list_members(

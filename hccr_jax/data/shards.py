@@ -7,6 +7,7 @@ one core and holds a split in memory (up to 1 GB, beyond which it needs TensorFl
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Shard:
       skipped: records left out, counted by (reason, "count" or "bytes").
       faults: a line for each unusable picture among them.
       swapped: records whose tag would be of the charset if its two bytes were swapped.
+      digests: 8 bytes of a hash of each record's character and bitmap.
     """
 
     split: str
@@ -90,6 +92,7 @@ class Shard:
     skipped: Counts = dataclasses.field(default_factory=Counts)
     faults: list[str] = dataclasses.field(default_factory=list)
     swapped: int = 0
+    digests: bytearray = dataclasses.field(default_factory=bytearray)
 
     def skip(self, reason: str, num_bytes: int) -> None:
         """Counts a record that is left out."""
@@ -155,6 +158,7 @@ def _examples(member: Member, task: Task, shard: Shard) -> Iterator[tuple[dict[s
             continue
         else:
             shard.characters[member.archive, member.writer, character] += 1
+            shard.digests += _digest(character, record.bitmap)
             example = {
                 "image": record.bitmap,
                 "label": place[character],
@@ -164,6 +168,11 @@ def _examples(member: Member, task: Task, shard: Shard) -> Iterator[tuple[dict[s
                 "record": number,
             }
             yield example, end
+
+
+def _digest(character: str, bitmap: np.ndarray) -> bytes:
+    content = f"{character} {bitmap.shape} ".encode() + bitmap.tobytes()
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def _validates(seen: Counts, character: str) -> bool:

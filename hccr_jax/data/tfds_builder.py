@@ -5,6 +5,7 @@ Reading and writing need no TensorFlow; see `shards` for why TFDS's own writer i
 
 import json
 import statistics
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from hccr_jax.data import labelled_images, store
 from hccr_jax.data.casia import charset
 from hccr_jax.data.casia.archives import Member, divide, fingerprint
-from hccr_jax.data.casia.divisions import UNKNOWN_WRITER
+from hccr_jax.data.casia.divisions import SPLITS, UNKNOWN_WRITER
 from hccr_jax.data.shards import Counts, Shard, Task, features, group_members, write_shard
 from hccr_jax.errors import InputError, shorten
 from hccr_jax.runtime.worker_pool import WorkerPool
@@ -25,6 +26,7 @@ from hccr_jax.runtime.worker_pool import WorkerPool
 _UNUSUAL_PART = 1 / 3
 _UNUSUAL_COUNT = 3
 _SHOWN_DOUBTS = 3
+_DIGEST = struct.Struct("8s")
 # The archives with symbols have 171 classes beside the 3,755.
 _USUAL_FOREIGN_PART = 0.1
 
@@ -96,6 +98,7 @@ class CasiaHwdb(FileReaderBuilder):
         self.info.set_splits(tfds.core.SplitDict([split for split in splits if split]))
         manifest = _manifest(self._members, shards, self._skipped, self._characters)
         manifest["faults"] = self._faults
+        manifest["leaks"] = _leaks(shards)
         if self._by_record and "validation" in manifest["characters_per_split"]:
             manifest["validation_by_record"] = True
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
@@ -216,6 +219,26 @@ def _manifest(
         else _doubts(shards, ordered) + _doubts_of_tags(shards, skipped),
         "not_trained": [c for c in characters if c not in ordered["train"]],
     }
+
+
+def _leaks(shards: Sequence[Shard]) -> list[str]:
+    """Returns lines on images of one split that are in another too, in whatever files."""
+    images = {
+        split: {
+            digest
+            for s in shards
+            if s.split == split
+            for (digest,) in _DIGEST.iter_unpack(s.digests)
+        }
+        for split in SPLITS
+    }
+    pairs = [(split, other) for split in SPLITS[1:] for other in SPLITS[: SPLITS.index(split)]]
+    common = {pair: len(images[pair[0]] & images[pair[1]]) for pair in pairs}
+    return [
+        f"{count:,} of {len(images[split]):,} different images of {split} are in {other} too"
+        for (split, other), count in common.items()
+        if count
+    ]
 
 
 def _doubts(shards: Sequence[Shard], classes: dict[str, dict[str, int]]) -> list[str]:

@@ -199,3 +199,8 @@ def test_a_data_set_of_one_class_is_refused(tmp_path: Path) -> None:
 def test_the_rule_of_a_name_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="digits and underscores, a letter first"):
         prepare([], tmp_path, "100chars")
+
+
+def test_the_name_of_the_simulated_writers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="it is the data set of simulated writers"):
+        prepare([], tmp_path, "synthetic")

@@ -276,3 +276,21 @@ def test_equal_pictures_of_two_writers_are_not_divided(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("\n".join(rows))
     with pytest.raises(InputError, match="the same content in two splits"):
         prepare([], tmp_path / "data", "mine", pictures=tmp_path / "list.csv")
+
+
+def test_images_of_two_splits_are_warned_of_in_any_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        for place, character in enumerate("一丁"):
+            page = picture(10 * place + number)
+            save(tmp_path / "mine" / "train" / character / f"{number}.png", page)
+            again = page if number == 2 else picture(100 + 10 * place + number)
+            save(tmp_path / "mine" / "test" / character / f"{number}.bmp", again)
+            save(
+                tmp_path / "mine" / "val" / character / f"{number}.png",
+                picture(200 + 10 * place + number),
+            )
+    flags = [f"--pictures={tmp_path / 'mine'}", f"--data_dir={tmp_path / 'data'}"]
+    assert main(["prepare", *flags, "--on_error=skip"]) == 0
+    assert "warning: 2 of 6 different images of test are in train too" in capsys.readouterr().err
