@@ -21,7 +21,7 @@ LONGER = ("compiles", "slow", "faults", "figures")
 COMPILING = (
     "bench/test_benchmark.py", "bench/test_scaling.py", "export/test_export.py",
     "models/test_models.py", "models/test_mqdf.py", "ops/test_dispatch.py", "ops/test_ops.py",
-    "ops/test_pallas.py", "train/test_augment.py", "train/test_step.py",
+    "ops/test_pallas.py", "ops/test_blocks.py", "train/test_augment.py", "train/test_step.py",
 )  # fmt: skip
 
 

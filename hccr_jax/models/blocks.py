@@ -1,13 +1,19 @@
 """The blocks of MobileNet V1 and V2, as Flax NNX modules."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.layers import BatchNorm, ConvNorm, DepthwiseConv
+from hccr_jax.models.layers import PATCHES, BatchNorm, ConvNorm, DepthwiseConv
+from hccr_jax.models.packing import exact, place_of
+from hccr_jax.ops import dispatch
+from hccr_jax.ops.depthwise import taps
 from hccr_jax.ops.depthwise_block import depthwise_block, depthwise_block_train
+
+if TYPE_CHECKING:
+    from hccr_jax.ops.blocks import Hidden
 
 
 def conv_depthwise(
@@ -36,6 +42,89 @@ def conv_depthwise(
     return y
 
 
+def fuses(before: ConvNorm, train: bool) -> bool:
+    """Returns whether a block after this layer runs as kernels of whole blocks."""
+    kernel, _, channels_in, _ = before.conv.weight.shape
+    product = kernel == 1 or channels_in * kernel**2 <= PATCHES
+    return train and product and dispatch.fuses_blocks()
+
+
+def _for_kernels(params: Any, dtype: Any, shapes: Any) -> tuple[Any, Any]:
+    """Returns parameters as float32 arrays of some shapes, and as kernels read them in place."""
+    from hccr_jax.ops.pallas import Weight
+
+    arrays = tuple(exact(p).reshape(shape) for p, shape in zip(params, shapes, strict=True))
+    dtypes = [dtype if len(shape) > 1 else jnp.float32 for shape in shapes]
+    places = (place_of(param, kind) for param, kind in zip(params, dtypes, strict=True))
+    return arrays, tuple(
+        Weight.at(*place, shape) for place, shape in zip(places, shapes, strict=True)
+    )
+
+
+def hidden_map(
+    layer: ConvNorm, x: jax.Array, axis_name: str | None, wants_input: bool = True,
+    shortcut: bool = False,
+) -> Any:  # fmt: skip
+    """Returns a layer's output before its norm, `Hidden`, and stores the statistics of the batch.
+
+    Args:
+      layer: `fuses` blocks.
+      x: (B, H, W, C), its input.
+      axis_name: mesh axis over which the batch is sharded, or None.
+      wants_input: whether the gradient of x is needed.
+      shortcut: whether x, for a shortcut, is returned too.
+    """
+    from hccr_jax.ops import blocks  # Pallas takes a tenth of a second to import
+
+    conv, norm = layer.conv, layer.norm
+    x, kernel = x.astype(conv.dtype), conv.weight.shape[0]
+    if kernel > 1:
+        x = jnp.concatenate(taps(x, kernel, conv.stride, conv.padding), axis=-1)
+    width = conv.weight.shape[-1]
+    shape = conv.weight.size // width, width
+    params = (conv.weight, norm.scale, norm.bias)
+    parameters, weights = _for_kernels(params, conv.dtype, [shape, (width,), (width,)])
+    options = blocks.Options(
+        norm.epsilon, axis_name, wants_input=wants_input, shortcut=shortcut
+    )  # fmt: skip
+    out = blocks.pointwise(x, parameters, weights, options)
+    norm.store((out[0] if shortcut else out).statistics)
+    return out
+
+
+def hidden_block(
+    hidden: "Hidden", before: BatchNorm, depthwise: DepthwiseConv, norm: BatchNorm,
+    product: ConvNorm, axis_name: str | None, shortcut: jax.Array | None = None,
+) -> Any:  # fmt: skip
+    """Returns product(norm(depthwise(before(hidden)))), and stores the statistics of the batch.
+
+    The result is a `Hidden` where the norm of `product` has an activation, as MobileNet V1's has:
+    it is left to the next block. A linear norm is applied, and the shortcut added.
+    """
+    from hccr_jax.ops import blocks
+
+    linear = not product.norm.relu6
+    options = blocks.Options(before.epsilon, axis_name, stride=depthwise.stride, linear=linear)
+    last, dtype = product.conv.weight, product.conv.dtype
+    params = (
+        before.scale, before.bias, depthwise.weight, norm.scale, norm.bias, last,
+        product.norm.scale, product.norm.bias,
+    )  # fmt: skip
+    shapes = [param.shape if param is not last else param.shape[2:] for param in params]
+    parameters, weights = _for_kernels(params, dtype, shapes)
+    out, *statistics = blocks.block(hidden, shortcut, parameters, weights, options)
+    norm.store(statistics[0])
+    product.norm.store(statistics[1])
+    return out
+
+
+def activated(hidden: "Hidden", norm: BatchNorm) -> jax.Array:
+    """Returns the output of the layer that `hidden` is of."""
+    from hccr_jax.ops import blocks
+
+    return blocks.activate(hidden, *norm.affine(), norm.epsilon)
+
+
 class DepthwiseSeparable(nnx.Module):
     """MobileNet V1's block: depthwise 3×3 and pointwise 1×1, each with batch norm and ReLU6.
 
@@ -61,6 +150,12 @@ class DepthwiseSeparable(nnx.Module):
         one after it (`conv_depthwise`).
         """
         return conv_depthwise(before, self.depthwise, self.norm, x, train, axis_name)
+
+    def fused(self, hidden: "Hidden", before: ConvNorm, axis_name: str | None) -> "Hidden":
+        """Maps the hidden map of `before` to that of `pointwise`, in training."""
+        return hidden_block(
+            hidden, before.norm, self.depthwise, self.norm, self.pointwise, axis_name
+        )
 
 
 class InvertedResidual(nnx.Module):
@@ -95,6 +190,12 @@ class InvertedResidual(nnx.Module):
         if stem is not None and self.shortcut:
             x, stem = stem(x, train, axis_name), None  # the shortcut needs the stem's output
         expand = self.expand if stem is None else stem
+        if expand is not None and fuses(expand, train):
+            hidden = hidden_map(expand, x, axis_name, stem is None, self.shortcut)
+            hidden, shortcut = hidden if self.shortcut else (hidden, None)
+            return hidden_block(
+                hidden, expand.norm, self.depthwise, self.norm, self.project, axis_name, shortcut
+            )
         if expand is None:
             y = self.norm(self.depthwise(x), train, axis_name)
         else:

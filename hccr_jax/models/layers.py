@@ -21,6 +21,8 @@ from hccr_jax.ops.batch_norm import batch_norm, batch_norm_train
 from hccr_jax.ops.depthwise import depthwise_conv, taps
 from hccr_jax.ops.pointwise import pointwise_conv
 
+PATCHES = 32  # inputs of an output up to which a convolution is a product of patches
+
 Initial = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
 
 
@@ -94,7 +96,7 @@ class Conv(nnx.Module):
         rows = (x.shape[1] + 2 * self.padding - kernel) // self.stride + 1
         if kernel == 1 and self.stride == 1:
             y = pointwise_conv(x, weight[0, 0])
-        elif channels_in * kernel**2 <= 32 or (rows < kernel and target.is_cpu()):
+        elif channels_in * kernel**2 <= PATCHES or (rows < kernel and target.is_cpu()):
             # On a CPU, patches and one matrix product are faster than a convolution of so few
             # inputs; of a filter larger than the map, XLA's takes up to 90 times as long.
             patches = jnp.concatenate(taps(x, kernel, self.stride, self.padding), axis=-1)
@@ -188,6 +190,10 @@ class BatchNorm(nnx.Module):
     def record(self, y: jax.Array) -> None:
         """Records the cost of y, the layer's output."""
         record_cost(self, "batch norm" + " + ReLU6" * self.relu6, y, 0)
+
+    def store(self, statistics: jax.Array) -> None:
+        """Stores the batch's statistics, rows mean and variance (2, C)."""
+        self.mean[...], self.variance[...] = lax.stop_gradient(statistics)
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """Returns scale and bias, (C,)."""

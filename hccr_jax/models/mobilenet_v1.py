@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.blocks import DepthwiseSeparable, scaled_channels
+from hccr_jax.models.blocks import (
+    DepthwiseSeparable,
+    activated,
+    fuses,
+    hidden_map,
+    scaled_channels,
+)  # fmt: skip
 from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
@@ -59,9 +65,15 @@ class MobileNetV1(nnx.Module):
     ) -> jax.Array:  # fmt: skip
         """Maps images (B, H, W, C), ink 1 and paper 0, to float32 logits (B, K)."""
         x, before = images, self.stem
-        for block in self.blocks:
-            x, before = block(x, before, train, axis_name), block.pointwise
-        x = before(x, train, axis_name)
+        if fuses(before, train):
+            hidden = hidden_map(before, x, axis_name, wants_input=False)
+            for block in self.blocks:
+                hidden, before = block.fused(hidden, before, axis_name), block.pointwise
+            x = activated(hidden, before.norm)
+        else:
+            for block in self.blocks:
+                x, before = block(x, before, train, axis_name), block.pointwise
+            x = before(x, train, axis_name)
         return self.classifier(x, train, dropout_keys)
 
     def fold(self, folding: Folding) -> None:

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hccr_jax.models.blocks import InvertedResidual, scaled_channels
+from hccr_jax.models.blocks import (
+    InvertedResidual,
+    activated,
+    fuses,
+    hidden_map,
+    scaled_channels,
+)  # fmt: skip
 from hccr_jax.models.folding import INPUT, Folding
 from hccr_jax.models.layers import Classifier, ConvNorm
 
@@ -68,7 +74,11 @@ class MobileNetV2(nnx.Module):
         x = first(images, train, axis_name, stem=self.stem)
         for block in others:
             x = block(x, train, axis_name)
-        return self.classifier(self.head(x, train, axis_name), train, dropout_keys)
+        if fuses(self.head, train):
+            x = activated(hidden_map(self.head, x, axis_name), self.head.norm)
+        else:
+            x = self.head(x, train, axis_name)
+        return self.classifier(x, train, dropout_keys)
 
     def fold(self, folding: Folding) -> None:
         """Adds the network's layers, for export."""

@@ -153,6 +153,12 @@ def place_of(param: Any, dtype: Any = jnp.float32) -> Place:
     return Place(lax.stop_gradient(vector).astype(dtype), offset)
 
 
+def exact(param: Any) -> jax.Array:
+    """Returns the float32 value of a parameter, also where `set_places` rounded it."""
+    value = param.get_metadata("exact", None)
+    return param[...] if value is None else value
+
+
 def set_places(network: nnx.Module, packed: Packed) -> None:
     """Tells each parameter of a network where it lies, and takes rounded weights from there.
 
@@ -165,10 +171,11 @@ def set_places(network: nnx.Module, packed: Packed) -> None:
         dtype = getattr(module, "dtype", jnp.float32)
         for name, param in vars(module).items():
             if isinstance(param, nnx.Param):
+                value = param[...]
                 param.set_metadata("place", Place(packed.vector, node[name]))
+                param.set_metadata("exact", value)
                 if name == "weight" and dtype != jnp.float32:
                     vector, offset = place_of(param, dtype)
-                    value = param[...]
                     rounded = lax.slice(vector, (offset,), (offset + value.size,))
                     param.set_value(_rounded(value, rounded.reshape(value.shape)))
 

@@ -13,10 +13,9 @@ image. The window of its 3×3 filters slides in registers, so a value is loaded 
 and a half times, not nine times, which would cost more than the memory traffic. Each program
 writes its sums, without atomics, and XLA adds them: results are deterministic.
 
-The kernels use Pallas's Triton backend, deprecated from JAX 0.11 on: it takes plain array code, on
-any GPU since Ampere. Mosaic GPU, its successor, requires explicit copies, barriers and register
-layouts. On an H200 these kernels are the fastest implementation of every layer of both networks
-(`ops/measured/`); the numbers of lanes, columns and warps were not tuned there.
+On an H200 these kernels are the fastest implementation of every layer of both networks
+(`ops/measured/`); the numbers of lanes, columns and warps were not tuned there. `blocks` has their
+place among the kernels of whole blocks.
 """
 
 import functools
@@ -30,9 +29,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hccr_jax.ops import target
+from hccr_jax.ops.pallas import ALIGNMENT, RELU6_LIMIT, Weight, call
 
-RELU6_LIMIT = 6.0
 # Two lanes a thread, loading 4 bytes at once in bfloat16. Compiled for Hopper the kernels then take
 # up to 91 and 168 registers a thread; with four lanes the backward kernel's sums fill all 255.
 WARPS = 4
@@ -63,17 +61,35 @@ def block_forward(
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances" (1979), for the merging of means and variances.
     """
-    batch, height, width, channels = x.shape
-    y = jax.ShapeDtypeStruct((batch, -(-height // stride), -(-width // stride), channels), x.dtype)
-    tiling = _tiling(y.shape)
-    moments = jax.ShapeDtypeStruct((2, tiling.programs, channels), jnp.float32)
-    y, (means, squares) = _call(_forward_kernel, tiling, stride, (y, moments), x, norm, weight)
+    y, (means, squares) = forward(x, norm, Weight.of(weight), stride)
+    batch, tiling = len(x), _tiling(y.shape)
     images = np.full((tiling.programs, 1), tiling.passes * tiling.images, np.float32)
     images[-1] = batch - images[:-1].sum()
     mean = (images / batch * means).sum(0)
     count = np.float32(y.shape[1] * y.shape[2])
     spread = squares + count * images * jnp.square(means - mean[None])
     return y, mean, spread.sum(0) / (count * batch)
+
+
+@functools.partial(jax.jit, static_argnames="stride")
+def forward(
+    x: jax.Array, norm: jax.Array, weight: Weight, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns y as `block_forward` does, and moments of the images of each program.
+
+    These are float32 (2, P, C), means and sums of squared deviations of y as stored, of
+    `images_each` images, fewer in the last.
+    """
+    y = jax.ShapeDtypeStruct(_out_shape(x.shape, stride), x.dtype)
+    tiling = _tiling(y.shape)
+    moments = jax.ShapeDtypeStruct((2, tiling.programs, x.shape[-1]), jnp.float32)
+    return _call(_forward_kernel, tiling, stride, (y, moments), x, norm, weight)
+
+
+def images_each(shape: tuple[int, ...]) -> int:
+    """Returns the images of each program but the last, for y of this shape."""
+    tiling = _tiling(shape)
+    return tiling.passes * tiling.images
 
 
 @functools.partial(jax.jit, static_argnames="stride")
@@ -94,12 +110,37 @@ def block_backward(
       The gradient of x, with the statistics of its norm held fixed, like x; float32 (11, C): the
       gradients of the nine weights, of the first norm's bias and of its slope.
     """
+    # The kernel has gradients of mean and variance in place of p and q.
+    flow = jnp.stack([-norm_after[3], -0.5 * norm_after[4]])
+    weights = Weight.of(weight)
+    dx, sums = backward(x, norm, weights, y, norm_after[:3], flow, gradient, stride, 1)
+    return dx, sums.sum(1)
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "count"))
+def backward(
+    x: jax.Array, norm: jax.Array, weight: Weight, y: jax.Array, norm_after: jax.Array,
+    d_statistics: jax.Array, gradient: jax.Array, stride: int, count: int,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Returns the gradient of x as `block_backward` does, and its sums by program, (11, P, C).
+
+    Args:
+      x, norm, weight, y, gradient, stride: as there.
+      norm_after: (3, C) float32, of the norm of y.
+      d_statistics: (2, C) float32, the gradients of mean and variance of y.
+      count: rows over which these are taken.
+    """
     tiling = _tiling(y.shape)
     sums = jax.ShapeDtypeStruct((11, tiling.programs, x.shape[-1]), jnp.float32)
     dx = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    arguments = (x, norm, weight, y, norm_after, gradient)
-    dx, sums = _call(_backward_kernel, tiling, stride, (dx, sums), *arguments)
-    return dx, sums.sum(1)
+    kernel = functools.partial(_backward_kernel, count=float(count))
+    arguments = (x, norm, weight, y, norm_after, d_statistics, gradient)
+    return _call(kernel, tiling, stride, (dx, sums), *arguments)
+
+
+def _out_shape(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
+    batch, height, width, channels = shape
+    return batch, -(-height // stride), -(-width // stride), channels
 
 
 class _Tiling(NamedTuple):
@@ -132,19 +173,14 @@ def _tiling(shape: tuple[int, ...]) -> _Tiling:
 
 def _call(kernel, tiling, stride, out_shape, *arguments):
     """Runs a kernel."""
-    call = pl.pallas_call(
+    return call(
         functools.partial(kernel, stride=stride, tiling=tiling),
-        grid=(tiling.tiles, tiling.programs),
-        out_shape=out_shape,
-        compiler_params=plt.CompilerParams(num_warps=WARPS),
-        interpret=_interprets(),
+        (tiling.tiles, tiling.programs),
+        out_shape,
+        *arguments,
+        flops=18 * out_shape[0].size,
+        warps=WARPS,
     )
-    return call(*arguments)
-
-
-def _interprets() -> bool:
-    """Returns whether kernels are interpreted, as on a CPU, for tests."""
-    return target.is_cpu()
 
 
 def _lanes(tiling: _Tiling):
@@ -160,6 +196,14 @@ def _read(ref: Any, at: tuple, mask: jax.Array) -> jax.Array:
     return plt.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
 
+def _read_filters(place_ref: Any, ref: Any, channel: jax.Array, channels: int, real: jax.Array):
+    """Returns the nine weights of each channel, from the references of a `Weight`."""
+    start = place_ref[0] * ALIGNMENT + channel
+    return [
+        [_read(ref, (start + (3 * i + j) * channels,), real) for j in range(3)] for i in range(3)
+    ]
+
+
 def _between(index: jax.Array, limit: int) -> jax.Array:
     return (index >= 0) & (index < limit)
 
@@ -171,13 +215,13 @@ def _write_sums(ref: Any, sums: list[jax.Array], channel: jax.Array) -> None:
         plt.store(ref.at[at], total, mask=channel < ref.shape[-1])
 
 
-def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, tiling):
+def _forward_kernel(x_ref, norm_ref, place_ref, weight_ref, y_ref, moments_ref, *, stride, tiling):
     batch, height, width, channels = x_ref.shape
     _, out_height, out_width, _ = y_ref.shape
     first_image, column, channel = _lanes(tiling)
     real = channel < channels
     mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
-    weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
+    weight = _read_filters(place_ref, weight_ref, channel, channels, real)
     run_length = jnp.clip(out_width - column, 0, tiling.run).astype(jnp.float32)
 
     def one_pass(index, moments):
@@ -231,15 +275,17 @@ def _forward_kernel(x_ref, norm_ref, weight_ref, y_ref, moments_ref, *, stride, 
 
 
 def _backward_kernel(
-    x_ref, norm_ref, weight_ref, y_ref, after_ref, gradient_ref, dx_ref, sums_ref, *, stride, tiling
-):
+    x_ref, norm_ref, place_ref, weight_ref, y_ref, after_ref, flow_ref, gradient_ref, dx_ref,
+    sums_ref, *, stride, tiling, count,
+):  # fmt: skip
     batch, height, width, channels = x_ref.shape
     _, out_height, out_width, _ = y_ref.shape
     first_image, column, channel = _lanes(tiling)
     real = channel < channels
     mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
-    weight = [[_read(weight_ref, (i, j, channel), real) for j in range(3)] for i in range(3)]
-    y_mean, y_slope, y_bias, p, q = (_read(after_ref, (k, channel), real) for k in range(5))
+    weight = _read_filters(place_ref, weight_ref, channel, channels, real)
+    y_mean, y_slope, y_bias = (_read(after_ref, (k, channel), real) for k in range(3))
+    d_mean, d_variance = (_read(flow_ref, (k, channel), real) / count for k in range(2))
     # Row stride · r + a of x met tap i in row r + (a + 1 − i) / stride of y, where that divides;
     # likewise the columns. This is the least of these offsets.
     first = stride - 2
@@ -258,7 +304,9 @@ def _backward_kernel(
                 scaled = deviation * y_slope + y_bias
                 is_open = (scaled > 0.0) & (scaled < RELU6_LIMIT)
                 passed = jnp.where(is_open, _read(gradient_ref, at, seen), 0.0)
-                return jnp.where(seen, y_slope * passed - p - q * deviation, 0.0)
+                return jnp.where(
+                    seen, y_slope * passed + d_mean + 2.0 * d_variance * deviation, 0.0
+                )
 
             return [d_y(k) for k in range(first, tiling.run + 1)]
 

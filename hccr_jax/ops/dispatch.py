@@ -8,11 +8,14 @@ Implementations:
   pallas    fused, for NVIDIA GPUs from Ampere on (`depthwise_pallas.py`)
   grouped   XLA's own grouped convolution, batch norm separate
   shifted   a sum of nine shifted products, batch norm separate
+
+In training, where "pallas" is available, it is one of the kernels of whole blocks (`blocks.py`).
 """
 
 import collections
 import functools
 import json
+import os
 import pathlib
 
 import jax
@@ -35,6 +38,14 @@ def _runs_pallas(device: jax.Device) -> bool:
     capability = str(getattr(device, "compute_capability", ""))  # such as "9.0"; others' "gfx90a"
     major, _, minor = capability.partition(".")
     return major.isdecimal() and minor.isdecimal() and int(major) >= 8
+
+
+def fuses_blocks() -> bool:
+    """Returns whether training runs the kernels of whole blocks, `blocks.py`.
+
+    The environment variable HCCR_BLOCK_KERNELS=0 disables them.
+    """
+    return os.environ.get("HCCR_BLOCK_KERNELS") != "0" and _runs_pallas(target.device())
 
 
 def choose(x: jax.Array, stride: int) -> str:

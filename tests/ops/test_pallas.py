@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from hccr_jax.models import mobilenet_v1, mobilenet_v2
-from hccr_jax.ops import depthwise_pallas
+from hccr_jax.ops import depthwise_pallas, pallas
 from hccr_jax.ops.batch_norm import batch_norm_train, norm_gradient_sums
 from hccr_jax.ops.depthwise import grouped_conv
 from hccr_jax.ops.depthwise_pallas import block_backward, block_forward
@@ -155,7 +155,7 @@ def layers():
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_every_layer_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(depthwise_pallas, "_interprets", lambda: False)
+    monkeypatch.setattr(pallas, "interprets", lambda: False)
     mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
         for size, channels, stride in layers():
