@@ -285,7 +285,7 @@ def _backward_kernel(
     mean, slope, bias = (_read(norm_ref, (k, channel), real) for k in range(3))
     weight = _read_filters(place_ref, weight_ref, channel, channels, real)
     y_mean, y_slope, y_bias = (_read(after_ref, (k, channel), real) for k in range(3))
-    d_mean, d_variance = (_read(flow_ref, (k, channel), real) / count for k in range(2))
+    d_mean, twice = (_read(flow_ref, (k, channel), real) * ((k + 1) / count) for k in range(2))
     # Row stride · r + a of x met tap i in row r + (a + 1 − i) / stride of y, where that divides;
     # likewise the columns. This is the least of these offsets.
     first = stride - 2
@@ -304,16 +304,12 @@ def _backward_kernel(
                 scaled = deviation * y_slope + y_bias
                 is_open = (scaled > 0.0) & (scaled < RELU6_LIMIT)
                 passed = jnp.where(is_open, _read(gradient_ref, at, seen), 0.0)
-                return jnp.where(
-                    seen, y_slope * passed + d_mean + 2.0 * d_variance * deviation, 0.0
-                )
+                return jnp.where(seen, y_slope * passed + d_mean + twice * deviation, 0.0)
 
             return [d_y(k) for k in range(first, tiling.run + 1)]
 
         def one_row(row, carry):
-            window, sums = carry
-            window = [*window, gradient_row(row + 1)]
-            sums = list(sums)
+            window, sums = [*carry[0], gradient_row(row + 1)], list(carry[1])
             for a, b in itertools.product(range(stride), range(tiling.run * stride)):
                 at = (image, row * stride + a, column * stride + b, channel)
                 seen = here & (at[1] < height) & (at[2] < width)
@@ -335,6 +331,6 @@ def _backward_kernel(
         window = [gradient_row(jnp.int32(k)) for k in range(first, 1)]
         return lax.fori_loop(0, out_height, one_row, (window, sums))[1]
 
-    zeros = jnp.zeros((tiling.images * tiling.runs, tiling.channels), jnp.float32)
-    sums = lax.fori_loop(0, tiling.passes, one_pass, [zeros] * 11)
+    zeros = [jnp.zeros((tiling.images * tiling.runs, tiling.channels), jnp.float32)] * 11
+    sums = lax.fori_loop(0, tiling.passes, one_pass, zeros)
     _write_sums(sums_ref, [total.sum(0, keepdims=True) for total in sums], channel)

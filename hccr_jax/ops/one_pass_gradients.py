@@ -122,7 +122,8 @@ def wide_gradients(
     )
     arguments = [x, weight, g, statistics, d_statistics, *([] if shortcut is None else [shortcut])]
     flops = (4 + 2 * wants_input) * rows_count * depth * width
-    parts, *dx = call(kernel, (rows.programs,), tuple(out), *arguments, flops=flops)
+    warps = 8 if padded(depth) * width > 2048 else 4  # or registers spill
+    parts, *dx = call(kernel, (rows.programs,), tuple(out), *arguments, flops=flops, warps=warps)
     return dx[0] if dx else None, parts
 
 

@@ -108,7 +108,9 @@ def input_gradient(
     extra = before or (() if shortcut is None else (shortcut,))
     grid = (pl.cdiv(width, tile), rows.programs)
     flops = 2 * rows_count * depth * width
-    dx, *sums = call(kernel, grid, tuple(out), *after.arrays(), weight, *extra, flops=flops)
+    warps = 8 if tile == 128 else 4  # or registers spill
+    arguments = (*after.arrays(), weight, *extra)
+    dx, *sums = call(kernel, grid, tuple(out), *arguments, flops=flops, warps=warps)
     return dx, sums[0] if sums else None
 
 
@@ -157,6 +159,7 @@ def _input_kernel(*refs, rows, tile, step, shape, count, scaled, kind):
 
 
 def add_sums(sums, gradient, deviation):
+    """Returns the sums of a gradient, and of it times a deviation, with those of one more tile."""
     passed, deviated = sums
     passed += gradient.sum(0, keepdims=True)
     return passed, deviated + (gradient * deviation).sum(0, keepdims=True)
