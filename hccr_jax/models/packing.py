@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -97,14 +98,17 @@ class Packed:
         is_matrix = jnp.arange(self.layout.size) < self.layout.matrix_values
         return Packed(jnp.where(is_matrix, self.vector, 0.0), self.layout)
 
-    def tree_flatten(self) -> tuple[tuple[Any], Layout]:
-        """Returns the vector and the layout, for JAX."""
-        return (self.vector,), self.layout
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Layout]:
+        """Returns the vector and the layout, for JAX.
+
+        An empty vector is left out: XLA of jaxlib 0.11.2 crashes over one on several CPU devices.
+        """
+        return (self.vector,) if self.layout.size else (), self.layout
 
     @classmethod
-    def tree_unflatten(cls, layout: Layout, children: tuple[Any]) -> "Packed":
+    def tree_unflatten(cls, layout: Layout, children: tuple[Any, ...]) -> "Packed":
         """Returns the object of a vector and a layout, for JAX."""
-        return cls(children[0], layout)
+        return cls(children[0] if children else np.zeros(0, np.float32), layout)
 
 
 def is_packed(node: Any) -> bool:
