@@ -26,7 +26,7 @@ onnx.save(model, folder / "model.onnx")
 text = json.dumps(describe_for_browser(checkpoint), ensure_ascii=False)
 (folder / "model.json").write_text(text, "utf-8")
 shutil.copy(PAGE, folder / "index.html")
-(folder / "model.onnx.golden.npz").unlink()
+(folder / "model.onnx.golden.npz").unlink()  # the page has no use for it
 PYTHON
 
 temporary="$(mktemp -d)"

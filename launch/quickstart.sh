@@ -39,7 +39,8 @@ cd -- "$root"
 cat <<TEXT
 
 Done. Open the report:  $workdir/report.html
-Next: another seed      launch/quickstart.sh runs/seed1 --config.seed=1
+Next: draw a character  .venv/bin/hccr serve --checkpoint=$workdir
+      another seed      launch/quickstart.sh runs/seed1 --config.seed=1
       the test suite    launch/test.sh
       real handwriting  README.md, from the CASIA archives to a model
 TEXT
