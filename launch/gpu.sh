@@ -126,7 +126,7 @@ part_a() {
   benchmark a_v2 120 --config=configs/v2.py --rows=train_step_augmented,forward \
     "--batch_size=$batches"
   benchmark a_v1 60 --config=configs/v1.py --rows=train_step_augmented "--batch_size=$batches"
-  HCCR_FUSED_BLOCKS=0 benchmark a_v2_plain 70 --config=configs/v2.py --rows=train_step_augmented \
+  HCCR_BLOCK_KERNELS=0 benchmark a_v2_plain 70 --config=configs/v2.py --rows=train_step_augmented \
     "--batch_size=${batches%%,*}"
 }
 
@@ -137,8 +137,8 @@ part_b() {
 
 part_c() {
   JAX_DEFAULT_MATMUL_PRECISION=highest JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}" \
-    measure c_kernels 60 "$python" -m pytest -q -W default -p no:cacheprovider -x \
-    tests/ops/test_pallas.py
+    measure c_kernels 90 "$python" -m pytest -q -W default -p no:cacheprovider -x \
+    tests/ops/test_pallas.py tests/ops/test_blocks.py
   local flags=" --xla_gpu_exclude_nondeterministic_ops=true" run
   [[ -z "$dry_run" ]] || flags=""
   for run in c_once c_twice; do
