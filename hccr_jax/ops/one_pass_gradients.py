@@ -122,8 +122,7 @@ def wide_gradients(
     )
     arguments = [x, weight, g, statistics, d_statistics, *([] if shortcut is None else [shortcut])]
     flops = (4 + 2 * wants_input) * rows_count * depth * width
-    warps = 8 if padded(depth) * width > 2048 else 4  # or registers spill
-    parts, *dx = call(kernel, (rows.programs,), tuple(out), *arguments, flops=flops, warps=warps)
+    parts, *dx = call(kernel, (rows.programs,), tuple(out), *arguments, flops=flops)
     return dx[0] if dx else None, parts
 
 
@@ -143,17 +142,17 @@ def _wide_kernel(
     for start, tile in _powers(width):
         column = start + iota(tile, 1)
         exists = below(column, width, start + tile)
-        w = load_weight((place, w_ref), width, down, column, down_inside, exists)
-        mean = load(statistics_ref, (0, column), exists)
-        tiles.append(
-            (column, exists, w, mean, *(load(flow_ref, (k, column), exists) for k in (0, 1)))
-        )
+        tiles.append((column, exists))
 
     def one_pass(index, totals):
         row, row_exists = rows.tile(group, index)
         x = load(x_ref, (row, across), row_exists, inside)
         dx, sums = jnp.zeros((ROWS, size), jnp.float32), []
-        for (column, exists, w, mean, d_mean, d_variance), total in zip(tiles, totals, strict=True):
+        for (column, exists), total in zip(tiles, totals, strict=True):
+            # Loaded again each time, from the cache: of all tiles they would not fit the registers.
+            mean = load(statistics_ref, (0, column), exists)
+            d_mean, d_variance = (load(flow_ref, (k, column), exists) for k in (0, 1))
+            w = load_weight((place, w_ref), width, down, column, down_inside, exists)
             y = dot(x, w).astype(x.dtype).astype(jnp.float32)
             d_y = load(g_ref, (row, column), row_exists, exists).astype(jnp.float32)
             d_y += (d_mean + 2.0 * d_variance * (y - mean)) * (1.0 / count)
@@ -171,7 +170,7 @@ def _wide_kernel(
 
     totals = [jnp.zeros((size, tile[0].shape[1]), jnp.float32) for tile in tiles]
     totals = lax.fori_loop(0, rows.passes, one_pass, totals)
-    for (column, exists, *_), total in zip(tiles, totals, strict=True):
+    for (column, exists), total in zip(tiles, totals, strict=True):
         store(parts_ref, (group, down, column), total, down_inside, exists)
 
 
