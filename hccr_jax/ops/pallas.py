@@ -1,9 +1,11 @@
 """What the Pallas kernels for NVIDIA GPUs share: the call, weights, masks and tiles.
 
-The kernels use Pallas's Triton backend, deprecated from JAX 0.11 on: it takes plain array code, on
-any GPU since Ampere, and a CPU can interpret it. Mosaic GPU, its successor, requires explicit
-copies, barriers and register layouts, for Hopper and later. Only what `dispatch` sends here imports
-this module; on other devices, and where Pallas has no Triton, XLA's operations do the same.
+Why Pallas's Triton backend, deprecated from JAX 0.11 on and still running in 0.12: it takes plain
+array code, which a CPU can interpret, so that every kernel is held to float64 without a GPU; and it
+serves any GPU since Ampere. Mosaic GPU, its successor, is for Hopper and later, with copies,
+barriers and register layouts by hand; CUDA through XLA's FFI needs a compiler at the user's. The
+price: when the backend goes, GPUs run the plain form, XLA's operations, which every version of JAX
+can, until these kernels are written anew. Only what `dispatch` sends here imports this module.
 """
 
 import dataclasses
