@@ -330,9 +330,9 @@ def test_fine_tuning_keeps_the_weights_of_known_characters(
     assert job.train.classes == tuple(chosen)
     old = saved(finished, load_pretrained(finished).step)
     known = ("丁", "七", "三", "上", "万", "下", "一", "丈")
-    for name, leaf in job.initial.params["classifier"].items():
+    for name, leaf in job.initial.params.unpack()["classifier"].items():
         before = old[f"params['classifier']['{name}']"]
-        unknown = fresh.initial.params["classifier"][name]
+        unknown = fresh.initial.params.unpack()["classifier"][name]
         for place, character in enumerate(chosen):
             expected = (
                 before[..., known.index(character)] if character in known else unknown[..., place]

@@ -357,10 +357,10 @@ def test_a_network_too_large_for_float16_is_not_written(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint="], "--checkpoint is missing: see --help"),
+        (["--checkpoint="], "--checkpoint=: an empty path"),
         (["--format="], "--format=: value should be one of <onnx|litert|stablehlo|safetensors>"),
         (["--format=tflite"], "value should be one of <onnx|litert|stablehlo|safetensors>"),
-        (["--output="], "--output is missing: see --help"),
+        (["--output="], "--output=: an empty path"),
         (["--dtype=int4"], "value should be one of <float32|float16|int8>"),
         (["--dtype=int8"], "--dtype=int8: --format=stablehlo has float32, float16"),
         (["--checkpoint=none"], "none: no such folder; give the --workdir of a run"),
